@@ -1,0 +1,87 @@
+"""Inverse of a unit lower-triangular matrix out of 16 x 16 blocks: device functions for one warp.
+
+All of them work on ``N = -A`` and on ``E = (I - N)^-1 - I``. The identity is never multiplied: each
+product only adds a correction to a float32 term, so tiny entries keep their relative precision
+where an fp16 product of them would vanish, and the diagonal stays exactly one. N is rounded once,
+before anything else, so that what is computed is the inverse of one nearby matrix: on near-equal
+keys the rows of the inverse then cancel as they should (docs/numerics.md#rounded-once).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_once(b_N, DOT: tl.constexpr):
+    """N with the 11 significant bits of fp16 and tf32, float32's range kept; unchanged for x3."""
+    if DOT == "fp16" or DOT == "tf32":
+        b_i = b_N.to(tl.int32, bitcast=True)
+        return ((b_i + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    else:
+        return b_N
+
+
+@triton.jit
+def mul_add(a, b, acc, DOT: tl.constexpr):
+    """``acc + a @ b`` in float32; DOT is "fp16" (rounded operands) or an ``input_precision``."""
+    if DOT == "fp16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=DOT)
+
+
+@triton.jit
+def inv_16(b_N, DOT: tl.constexpr):
+    """E of a strictly lower [16, 16] block.
+
+    Doubles the inverted diagonal blocks, 1 -> 2 -> 4 -> 8 -> 16 (MBH): with M the part of N between
+    two neighbours, Y = M + M E and E <- E + Y + E Y. Every intermediate is part of the inverse;
+    powers of N never appear (docs/numerics.md#mbh).
+    """
+    b_N = round_once(b_N, DOT)
+    o_i = tl.arange(0, 16)
+    r, c = o_i[:, None], o_i[None, :]
+    b_E = tl.where((r >> 1) == (c >> 1), b_N, 0.0)
+    for s in tl.static_range(1, 4):
+        m_merge = ((r >> (s + 1)) == (c >> (s + 1))) & ((r >> s) != (c >> s))
+        b_M = tl.where(m_merge, b_N, 0.0)
+        b_Y = mul_add(b_M, b_E, b_M, DOT)
+        b_E = mul_add(b_E, b_Y, b_E + b_Y, DOT)
+    return b_E
+
+
+@triton.jit
+def merge(b_E_row, b_Y, DOT: tl.constexpr):
+    """(I + E_row) Y: what stands below the diagonal once the row's own block is inverted."""
+    return mul_add(b_E_row, b_Y, b_Y, DOT)
+
+
+@triton.jit
+def merge_32(E00, E11, N10, DOT: tl.constexpr):
+    """The block below two inverted ones: X_11 N_10 X_00."""
+    N10 = round_once(N10, DOT)
+    return merge(E11, mul_add(N10, E00, N10, DOT), DOT)
+
+
+@triton.jit
+def merge_64(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.constexpr):
+    """The six blocks below four inverted ones: X_ij = X_ii (N_ij X_jj + ... + N_i,i-1 X_i-1,j)."""
+    N20, N21 = round_once(N20, DOT), round_once(N21, DOT)
+    N30, N31, N32 = round_once(N30, DOT), round_once(N31, DOT), round_once(N32, DOT)
+    X10 = merge_32(E00, E11, N10, DOT)
+    X21 = merge(E22, mul_add(N21, E11, N21, DOT), DOT)
+    X32 = merge(E33, mul_add(N32, E22, N32, DOT), DOT)
+    Y20 = mul_add(N21, X10, mul_add(N20, E00, N20, DOT), DOT)
+    X20 = merge(E22, Y20, DOT)
+    Y31 = mul_add(N32, X21, mul_add(N31, E11, N31, DOT), DOT)
+    X31 = merge(E33, Y31, DOT)
+    Y30 = mul_add(N31, X10, mul_add(N30, E00, N30, DOT), DOT)
+    X30 = merge(E33, mul_add(N32, X20, Y30, DOT), DOT)
+    return X10, X20, X21, X30, X31, X32
+
+
+@triton.jit
+def add_identity(b_E):
+    """X = E + I."""
+    o_i = tl.arange(0, 16)
+    return b_E + tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)

@@ -1,0 +1,267 @@
+"""Gated DeltaNet intra-chunk step: keys to inverse (kkt_solve) and on to w and u (fwd_intra), one kernel."""
+
+import triton
+import triton.language as tl
+
+from sglang_trinv.kernels.blocks import inv_16, merge_64
+from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, store_block_row
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def diagonal_block(b_G, b_g, b_b):
+    """N = -strict_tril(beta_i exp(g_i - g_j) G_ij) and N^T of a diagonal block; G is symmetric."""
+    o_i = tl.arange(0, 16)
+    m_low = o_i[:, None] > o_i[None, :]
+    b_d = b_g[:, None] - b_g[None, :]
+    b_S = b_G * tl.exp2(tl.where(m_low, b_d, -b_d))
+    b_N = tl.where(m_low, b_S * -b_b[:, None], 0.0)
+    return b_N, tl.where(o_i[:, None] < o_i[None, :], b_S * -b_b[None, :], 0.0)
+
+
+@triton.jit
+def below_block(b_G, b_row, b_gj, g_first):
+    """-beta_i exp(g_i - g_j) G_ij below the diagonal, from b_row = -beta_i exp(g_i - g_first).
+
+    ``g_first`` is the gate at the block's first row: both factors are <= 1 where g does not grow.
+    """
+    return b_G * b_row[:, None] * tl.exp2(g_first - b_gj)[None, :]
+
+
+@triton.jit
+def scale_rows(b_x, b_s, IO: tl.constexpr):
+    """diag(s) x, rounded to x's dtype as SGLang does."""
+    return (b_x.to(tl.float32) * b_s[:, None]).to(b_x.dtype).to(IO)
+
+
+@triton.jit
+def apply_inverse(
+    p_x,
+    s_x,
+    p_y,
+    s_y,
+    o_t,
+    T,
+    b_s0,
+    b_s1,
+    b_s2,
+    b_s3,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    IO: tl.constexpr,
+    b_X00,
+    b_X10,
+    b_X11,
+    b_X20,
+    b_X21,
+    b_X22,
+    b_X30,
+    b_X31,
+    b_X32,
+    b_X33,
+):
+    """y = X diag(s) x for [64, D] tiles."""
+    for i_d in tl.range(0, D, BD):
+        o_d = i_d + tl.arange(0, BD)
+        e = p_y.dtype.element_ty
+        p = p_y + o_t[:, None] * s_y + o_d[None, :]
+        b_x0 = scale_rows(load_rows(p_x, s_x, o_t, o_d, T), b_s0, IO)
+        b_y = tl.dot(b_X00, b_x0)
+        tl.store(p, b_y.to(e), mask=(o_t < T)[:, None])
+        b_x1 = scale_rows(load_rows(p_x, s_x, o_t + 16, o_d, T), b_s1, IO)
+        b_y = tl.dot(b_X11, b_x1, tl.dot(b_X10, b_x0))
+        tl.store(p + 16 * s_y, b_y.to(e), mask=(o_t + 16 < T)[:, None])
+        b_x2 = scale_rows(load_rows(p_x, s_x, o_t + 32, o_d, T), b_s2, IO)
+        b_y = tl.dot(b_X22, b_x2, tl.dot(b_X21, b_x1, tl.dot(b_X20, b_x0)))
+        tl.store(p + 32 * s_y, b_y.to(e), mask=(o_t + 32 < T)[:, None])
+        b_x3 = scale_rows(load_rows(p_x, s_x, o_t + 48, o_d, T), b_s3, IO)
+        b_y = tl.dot(b_X33, b_x3, tl.dot(b_X32, b_x2, tl.dot(b_X31, b_x1, tl.dot(b_X30, b_x0))))
+        tl.store(p + 48 * s_y, b_y.to(e), mask=(o_t + 48 < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def fwd_intra_kernel(
+    k,
+    v,
+    g,
+    beta,
+    w,
+    u,
+    Ai,
+    cu_seqlens,
+    chunk_indices,
+    T,
+    H: tl.constexpr,
+    Hg: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    DOT: tl.constexpr,
+    IO: tl.constexpr,
+    HAS_G: tl.constexpr,
+    VARLEN: tl.constexpr,
+    STORE_A: tl.constexpr,
+    STORE_WU: tl.constexpr,
+):
+    """Ai = (I + strict_tril(beta_i exp(g_i - g_j) k_i.k_j))^-1, w = Ai (beta exp(g) k), u = Ai (beta v).
+
+    One program: one chunk of 64 tokens and GROUP value heads of one key head. Layouts: k [B, T, Hg, K],
+    v and u [B, T, H, V], w [B, T, H, K], g and beta [B, T, H], Ai [B, T, H, 64].
+    Bytes per chunk: 64 (Hg K + H (2 V + K)) elements, each read or written once.
+    """
+    row, T = locate_chunk(cu_seqlens, chunk_indices, T, 64, VARLEN)
+    if T <= 0:
+        return
+    i_h0 = tl.program_id(1) * GROUP
+    p_k = k + (row * Hg + i_h0 // (H // Hg)) * K
+    o_t = tl.arange(0, 16)
+
+    G00 = tl.zeros([16, 16], tl.float32)
+    G10 = G00
+    G11 = G00
+    G20 = G00
+    G21 = G00
+    G22 = G00
+    G30 = G00
+    G31 = G00
+    G32 = G00
+    G33 = G00
+    for i_k in tl.static_range(0, K, BK):
+        o_k = i_k + tl.arange(0, BK)
+        b_k0 = load_rows(p_k, Hg * K, o_t, o_k, T).to(IO)
+        b_k1 = load_rows(p_k, Hg * K, o_t + 16, o_k, T).to(IO)
+        b_k2 = load_rows(p_k, Hg * K, o_t + 32, o_k, T).to(IO)
+        b_k3 = load_rows(p_k, Hg * K, o_t + 48, o_k, T).to(IO)
+        G00 = tl.dot(b_k0, tl.trans(b_k0), G00)
+        G10 = tl.dot(b_k1, tl.trans(b_k0), G10)
+        G11 = tl.dot(b_k1, tl.trans(b_k1), G11)
+        G20 = tl.dot(b_k2, tl.trans(b_k0), G20)
+        G21 = tl.dot(b_k2, tl.trans(b_k1), G21)
+        G22 = tl.dot(b_k2, tl.trans(b_k2), G22)
+        G30 = tl.dot(b_k3, tl.trans(b_k0), G30)
+        G31 = tl.dot(b_k3, tl.trans(b_k1), G31)
+        G32 = tl.dot(b_k3, tl.trans(b_k2), G32)
+        G33 = tl.dot(b_k3, tl.trans(b_k3), G33)
+
+    for i_g in range(GROUP):
+        i_h = i_h0 + i_g
+        p_b = beta + row * H + i_h
+        b_b0 = load_gate(p_b, H, o_t, T, True)
+        b_b1 = load_gate(p_b, H, o_t + 16, T, True)
+        b_b2 = load_gate(p_b, H, o_t + 32, T, True)
+        b_b3 = load_gate(p_b, H, o_t + 48, T, True)
+        g_1 = 0.0
+        g_2 = 0.0
+        g_3 = 0.0
+        if HAS_G:
+            p_g = g + row * H + i_h
+            b_g0 = load_gate(p_g, H, o_t, T, False) * LOG2E
+            b_g1 = load_gate(p_g, H, o_t + 16, T, False) * LOG2E
+            b_g2 = load_gate(p_g, H, o_t + 32, T, False) * LOG2E
+            b_g3 = load_gate(p_g, H, o_t + 48, T, False) * LOG2E
+            g_1 = tl.load(p_g + tl.minimum(16, T - 1) * H).to(tl.float32) * LOG2E
+            g_2 = tl.load(p_g + tl.minimum(32, T - 1) * H).to(tl.float32) * LOG2E
+            g_3 = tl.load(p_g + tl.minimum(48, T - 1) * H).to(tl.float32) * LOG2E
+        else:
+            b_g0 = tl.zeros([16], tl.float32)
+            b_g1 = b_g0
+            b_g2 = b_g0
+            b_g3 = b_g0
+        N00, N00t = diagonal_block(G00, b_g0, b_b0)
+        N11, N11t = diagonal_block(G11, b_g1, b_b1)
+        N22, N22t = diagonal_block(G22, b_g2, b_b2)
+        N33, N33t = diagonal_block(G33, b_g3, b_b3)
+        X00, X00t = inv_16(N00, N00t, DOT)
+        X11, X11t = inv_16(N11, N11t, DOT)
+        X22, X22t = inv_16(N22, N22t, DOT)
+        X33, X33t = inv_16(N33, N33t, DOT)
+        b_r1 = -b_b1 * tl.exp2(b_g1 - g_1)
+        b_r2 = -b_b2 * tl.exp2(b_g2 - g_2)
+        b_r3 = -b_b3 * tl.exp2(b_g3 - g_3)
+        X10, X20, X21, X30, X31, X32 = merge_64(
+            X00t,
+            X11,
+            X11t,
+            X22,
+            X22t,
+            X33,
+            below_block(G10, b_r1, b_g0, g_1),
+            below_block(G20, b_r2, b_g0, g_2),
+            below_block(G21, b_r2, b_g1, g_2),
+            below_block(G30, b_r3, b_g0, g_3),
+            below_block(G31, b_r3, b_g1, g_3),
+            below_block(G32, b_r3, b_g2, g_3),
+            DOT,
+        )
+        if STORE_A:
+            p_A = Ai + (row * H + i_h) * 64
+            b_0 = tl.zeros([16, 16], tl.float32)
+            store_block_row(p_A, H * 64, o_t, T, 4, X00, b_0, b_0, b_0)
+            store_block_row(p_A, H * 64, o_t + 16, T, 4, X10, X11, b_0, b_0)
+            store_block_row(p_A, H * 64, o_t + 32, T, 4, X20, X21, X22, b_0)
+            store_block_row(p_A, H * 64, o_t + 48, T, 4, X30, X31, X32, X33)
+        if STORE_WU:
+            e = v.dtype.element_ty
+            X00 = X00.to(e).to(IO)
+            X10 = X10.to(e).to(IO)
+            X11 = X11.to(e).to(IO)
+            X20 = X20.to(e).to(IO)
+            X21 = X21.to(e).to(IO)
+            X22 = X22.to(e).to(IO)
+            X30 = X30.to(e).to(IO)
+            X31 = X31.to(e).to(IO)
+            X32 = X32.to(e).to(IO)
+            X33 = X33.to(e).to(IO)
+            apply_inverse(
+                v + (row * H + i_h) * V,
+                H * V,
+                u + (row * H + i_h) * V,
+                H * V,
+                o_t,
+                T,
+                b_b0,
+                b_b1,
+                b_b2,
+                b_b3,
+                V,
+                BD,
+                IO,
+                X00,
+                X10,
+                X11,
+                X20,
+                X21,
+                X22,
+                X30,
+                X31,
+                X32,
+                X33,
+            )
+            apply_inverse(
+                p_k,
+                Hg * K,
+                w + (row * H + i_h) * K,
+                H * K,
+                o_t,
+                T,
+                b_b0 * tl.exp2(b_g0),
+                b_b1 * tl.exp2(b_g1),
+                b_b2 * tl.exp2(b_g2),
+                b_b3 * tl.exp2(b_g3),
+                K,
+                BD,
+                IO,
+                X00,
+                X10,
+                X11,
+                X20,
+                X21,
+                X22,
+                X30,
+                X31,
+                X32,
+                X33,
+            )

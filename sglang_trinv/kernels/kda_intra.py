@@ -1,0 +1,245 @@
+"""Kimi Delta Attention intra-chunk step in one kernel: queries, keys and gates to Aqk, w, u and kg.
+
+Each key channel has its own gate, so ``sum_c x_ic k_jc exp2(g_ic - g_jc)`` is a matrix product only
+after the gate is cut at a row r between j and i: exp2(g_i - g_r) goes to the row, exp2(g_r - g_j) to
+the column, and both are at most 1 as gates fall. Here r halves the rows again and again: 32, then 16
+and 48, then 8, 24, ... down to single rows, so every pair i > j is cut exactly once, at the first row
+of the upper half of the smallest aligned block that holds both. At each level a row of the tile is
+either above or below its r; one factor ``exp2(-|g - g_r|)`` serves both, and one scaled tile is both
+operands. Products of rows that another level cuts are finite and dropped. Nothing is clamped and no
+exponent is positive, however steep the gates (docs/numerics.md#kda).
+"""
+
+import triton
+import triton.language as tl
+
+from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
+from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, store_block_row
+
+
+@triton.jit
+def operand(b_x, DOT: tl.constexpr):
+    """x as the products take it: fp16 has 3 bits more than bfloat16, and |k| <= 1 needs no range."""
+    if DOT == "fp16":
+        return b_x.to(tl.float16)
+    else:
+        return b_x.to(tl.float32)
+
+
+@triton.jit
+def row_products(b_x, b_y, b_acc, DOT: tl.constexpr):
+    """``acc + x y^T`` in float32."""
+    if DOT == "fp16":
+        return tl.dot(b_x, tl.trans(b_y), b_acc)
+    else:
+        return tl.dot(b_x, tl.trans(b_y), b_acc, input_precision=DOT)
+
+
+@triton.jit
+def decay(b_g, b_r, unit):
+    """Factor between rows with gates g and r, whichever is later: exp2(-|g - r|) for unit -1.
+
+    ``unit`` is no constant for a reason beside the log's base: it keeps Triton from computing the
+    factor twice, in the layouts of the left and of the right operand.
+    """
+    return tl.exp2(tl.abs(b_g - b_r) * unit)
+
+
+@triton.jit
+def load_gates(p_g, s, o_t, o_k, T):
+    """Gates of rows o_t; rows past the end repeat the last row, so that they decay to nothing new."""
+    return tl.load(p_g + tl.minimum(o_t, T - 1)[:, None] * s + o_k[None, :])
+
+
+@triton.jit
+def load_tile(q, k, p_g, s, o_t, o_k, T, IO: tl.constexpr):
+    b_q = load_rows(q, s, o_t, o_k, T).to(IO)
+    b_k = load_rows(k, s, o_t, o_k, T).to(IO)
+    return b_q, b_k, load_gates(p_g, s, o_t, o_k, T)
+
+
+@triton.jit
+def diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT: tl.constexpr):
+    """Add q k^T on and below, k k^T below the diagonal of a [16, 16] block; what is above is rubbish."""
+    o_i = tl.arange(0, 16)
+    r, c = o_i[:, None], o_i[None, :]
+    b_0 = tl.zeros([16, 16], tl.float32)
+    b_Qs, b_Gs = row_products(b_q, b_k, b_0, DOT), b_0
+    for n in tl.static_range(0, 4):
+        o_r = ((o_t >> (n + 1)) << (n + 1)) + (1 << n)
+        b_E = operand(decay(b_g, load_gates(p_g, s, o_r, o_k, T), unit), DOT)
+        b_kE = b_k * b_E
+        m_n = ((r >> (n + 1)) == (c >> (n + 1))) & ((r >> n) > (c >> n))
+        b_Qs = tl.where(m_n, row_products(b_q * b_E, b_kE, b_0, DOT), b_Qs)
+        b_Gs = tl.where(m_n, row_products(b_kE, b_kE, b_0, DOT), b_Gs)
+    return b_Q + b_Qs, b_G + b_Gs
+
+
+@triton.jit
+def store_keys(b_k, b_g, b_gl, b_b, p_kb, p_kg, s, o_t, o_k, T, unit):
+    """kb = beta exp2(g) k and kg = exp2(g_last - g) k."""
+    b_k = b_k.to(tl.float32)
+    o = o_t[:, None] * s + o_k[None, :]
+    m_t = (o_t < T)[:, None]
+    b_kb = b_k * (tl.exp2(tl.abs(b_g) * unit) * b_b[:, None])
+    tl.store(p_kb + o, b_kb.to(p_kb.dtype.element_ty), mask=m_t)
+    tl.store(p_kg + o, (b_k * decay(b_g, b_gl, unit)).to(p_kg.dtype.element_ty), mask=m_t)
+
+
+@triton.jit
+def products_32(
+    q, k, p_g, b_b0, b_b1, p_kb, p_kg, s, t0, o_k, T, unit,
+    Q00, Q10, Q11, G00, G10, G11, DOT: tl.constexpr, IO: tl.constexpr,
+):  # fmt: skip
+    """Add the products of rows t0 .. t0 + 31 and store their kb and kg; also returns the tiles."""
+    o_0, o_1 = t0 + tl.arange(0, 16), t0 + 16 + tl.arange(0, 16)
+    b_gl = tl.load(p_g + tl.minimum(63, T - 1) * s + o_k)[None, :]
+    b_gm = tl.load(p_g + tl.minimum(t0 + 16, T - 1) * s + o_k)[None, :]
+    b_q0, b_k0, b_g0 = load_tile(q, k, p_g, s, o_0, o_k, T, IO)
+    b_q1, b_k1, b_g1 = load_tile(q, k, p_g, s, o_1, o_k, T, IO)
+    store_keys(b_k0, b_g0, b_gl, b_b0, p_kb, p_kg, s, o_0, o_k, T, unit)
+    store_keys(b_k1, b_g1, b_gl, b_b1, p_kb, p_kg, s, o_1, o_k, T, unit)
+    b_q0, b_k0, b_q1, b_k1 = operand(b_q0, DOT), operand(b_k0, DOT), operand(b_q1, DOT), operand(b_k1, DOT)
+    Q00, G00 = diagonal_products(b_q0, b_k0, b_g0, p_g, s, o_0, o_k, T, unit, Q00, G00, DOT)
+    Q11, G11 = diagonal_products(b_q1, b_k1, b_g1, p_g, s, o_1, o_k, T, unit, Q11, G11, DOT)
+    b_kE = b_k0 * operand(decay(b_g0, b_gm, unit), DOT)
+    b_E = operand(decay(b_g1, b_gm, unit), DOT)
+    Q10 = row_products(b_q1 * b_E, b_kE, Q10, DOT)
+    G10 = row_products(b_k1 * b_E, b_kE, G10, DOT)
+    return Q00, Q10, Q11, G00, G10, G11, b_q0, b_k0, b_g0, b_q1, b_k1, b_g1
+
+
+@triton.jit
+def apply_inverse(
+    p_x, p_y, s, o_t, T, b_s0, b_s1, b_s2, b_s3,
+    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33,
+    D: tl.constexpr, BD: tl.constexpr, SCALE: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y = X diag(s) x for [64, D] tiles, X lower triangular by blocks; y may be x."""
+    e = p_y.dtype.element_ty
+    for i_d in tl.range(0, D, BD, num_stages=STAGES):
+        o_d = i_d + tl.arange(0, BD)
+        p = p_y + o_t[:, None] * s + o_d[None, :]
+        b_x0 = load_rows(p_x, s, o_t, o_d, T)
+        b_x1 = load_rows(p_x, s, o_t + 16, o_d, T)
+        b_x2 = load_rows(p_x, s, o_t + 32, o_d, T)
+        b_x3 = load_rows(p_x, s, o_t + 48, o_d, T)
+        if SCALE:
+            b_x0 = (b_x0.to(tl.float32) * b_s0[:, None]).to(e)
+            b_x1 = (b_x1.to(tl.float32) * b_s1[:, None]).to(e)
+            b_x2 = (b_x2.to(tl.float32) * b_s2[:, None]).to(e)
+            b_x3 = (b_x3.to(tl.float32) * b_s3[:, None]).to(e)
+        b_x0, b_x1, b_x2, b_x3 = b_x0.to(IO), b_x1.to(IO), b_x2.to(IO), b_x3.to(IO)
+        b_y = tl.dot(X00, b_x0)
+        tl.store(p, b_y.to(e), mask=(o_t < T)[:, None])
+        b_y = tl.dot(X11, b_x1, tl.dot(X10, b_x0))
+        tl.store(p + 16 * s, b_y.to(e), mask=(o_t + 16 < T)[:, None])
+        b_y = tl.dot(X22, b_x2, tl.dot(X21, b_x1, tl.dot(X20, b_x0)))
+        tl.store(p + 32 * s, b_y.to(e), mask=(o_t + 32 < T)[:, None])
+        b_y = tl.dot(X33, b_x3, tl.dot(X32, b_x2, tl.dot(X31, b_x1, tl.dot(X30, b_x0))))
+        tl.store(p + 48 * s, b_y.to(e), mask=(o_t + 48 < T)[:, None])
+
+
+@triton.jit
+def below_diagonal(b_G, b_b):
+    """-beta_i G_ij of a diagonal block."""
+    o_i = tl.arange(0, 16)
+    return tl.where(o_i[:, None] > o_i[None, :], b_G * -b_b[:, None], 0.0)
+
+
+@triton.jit
+def on_and_below_diagonal(b_Q, scale):
+    o_i = tl.arange(0, 16)
+    return tl.where(o_i[:, None] >= o_i[None, :], b_Q * scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def kda_intra_kernel(
+    q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, unit, T,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BDK: tl.constexpr,
+    BDV: tl.constexpr, DOT: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
+    VARLEN: tl.constexpr, STORE_A: tl.constexpr, ZERO_UPPER: tl.constexpr,
+):  # fmt: skip
+    """Aqk = tril(scale q k^T o D), w = Ai (beta exp2(g) k), u = Ai (beta v), kg = exp2(g_last - g) k.
+
+    Ai = Akk = (I + strict_tril(beta k k^T o D))^-1, D the decay of each channel within the sums.
+    One program, one warp: a chunk of 64 tokens of one head. Layouts: q, k, w, kg, gk [B, T, H, K],
+    v and u [B, T, H, V], beta [B, T, H], Aqk and Akk [B, T, H, 64]. gk is float32, summed within the
+    chunk; exp2(-unit gk) is the decay. w holds beta exp2(g) k until the inverse is ready.
+    IO is the dtype in which loaded tiles are multiplied (float32 under the interpreter only).
+    """
+    row, T = locate_chunk(cu_seqlens, chunk_indices, T, 64, VARLEN)
+    if T <= 0:
+        return
+    i_h = tl.program_id(1)
+    head = row * H + i_h
+    s = H * K
+    q, k, gk, w, kg = q + head * K, k + head * K, gk + head * K, w + head * K, kg + head * K
+    p_Q, p_b = Aqk + head * 64, beta + head
+    o_t = tl.arange(0, 16)
+    b_b0, b_b1 = load_gate(p_b, H, o_t, T, True), load_gate(p_b, H, o_t + 16, T, True)
+    b_b2, b_b3 = load_gate(p_b, H, o_t + 32, T, True), load_gate(p_b, H, o_t + 48, T, True)
+    b_0 = tl.zeros([16, 16], tl.float32)
+    N1: tl.constexpr = 4 if ZERO_UPPER else 1
+    N2: tl.constexpr = 4 if ZERO_UPPER else 2
+
+    Q00, Q10, Q11, G00, G10, G11 = b_0, b_0, b_0, b_0, b_0, b_0
+    for i_k in tl.range(0, K, BK, num_stages=1):
+        o_k = i_k + tl.arange(0, BK)
+        Q00, Q10, Q11, G00, G10, G11, _, _, _, _, _, _ = products_32(
+            q, k, gk, b_b0, b_b1, w, kg, s, 0, o_k, T, unit,
+            Q00, Q10, Q11, G00, G10, G11, DOT, IO,
+        )  # fmt: skip
+    Q00, Q11 = on_and_below_diagonal(Q00, scale), on_and_below_diagonal(Q11, scale)
+    store_block_row(p_Q, H * 64, o_t, T, N1, Q00, b_0, b_0, b_0)
+    store_block_row(p_Q, H * 64, o_t + 16, T, N2, Q10 * scale, Q11, b_0, b_0)
+
+    Q20, Q21, Q22, Q30, Q31, Q32, Q33 = b_0, b_0, b_0, b_0, b_0, b_0, b_0
+    G20, G21, G22, G30, G31, G32, G33 = b_0, b_0, b_0, b_0, b_0, b_0, b_0
+    for i_k in tl.range(0, K, BK, num_stages=1):
+        o_k = i_k + tl.arange(0, BK)
+        Q22, Q32, Q33, G22, G32, G33, b_q2, b_k2, b_g2, b_q3, b_k3, b_g3 = products_32(
+            q, k, gk, b_b2, b_b3, w, kg, s, 32, o_k, T, unit,
+            Q22, Q32, Q33, G22, G32, G33, DOT, IO,
+        )  # fmt: skip
+        b_gm = tl.load(gk + tl.minimum(32, T - 1) * s + o_k)[None, :]
+        b_E2, b_E3 = operand(decay(b_g2, b_gm, unit), DOT), operand(decay(b_g3, b_gm, unit), DOT)
+        b_q2, b_k2, b_q3, b_k3 = b_q2 * b_E2, b_k2 * b_E2, b_q3 * b_E3, b_k3 * b_E3
+        b_k = operand(load_rows(k, s, o_t, o_k, T).to(IO), DOT)
+        b_kE = b_k * operand(decay(load_gates(gk, s, o_t, o_k, T), b_gm, unit), DOT)
+        Q20, G20 = row_products(b_q2, b_kE, Q20, DOT), row_products(b_k2, b_kE, G20, DOT)
+        Q30, G30 = row_products(b_q3, b_kE, Q30, DOT), row_products(b_k3, b_kE, G30, DOT)
+        b_k = operand(load_rows(k, s, o_t + 16, o_k, T).to(IO), DOT)
+        b_kE = b_k * operand(decay(load_gates(gk, s, o_t + 16, o_k, T), b_gm, unit), DOT)
+        Q21, G21 = row_products(b_q2, b_kE, Q21, DOT), row_products(b_k2, b_kE, G21, DOT)
+        Q31, G31 = row_products(b_q3, b_kE, Q31, DOT), row_products(b_k3, b_kE, G31, DOT)
+    Q22, Q33 = on_and_below_diagonal(Q22, scale), on_and_below_diagonal(Q33, scale)
+    store_block_row(p_Q, H * 64, o_t + 32, T, 4, Q20 * scale, Q21 * scale, Q22, b_0)
+    store_block_row(p_Q, H * 64, o_t + 48, T, 4, Q30 * scale, Q31 * scale, Q32 * scale, Q33)
+
+    E00, E11 = inv_16(below_diagonal(G00, b_b0), DOT), inv_16(below_diagonal(G11, b_b1), DOT)
+    E22, E33 = inv_16(below_diagonal(G22, b_b2), DOT), inv_16(below_diagonal(G33, b_b3), DOT)
+    b_n1, b_n2, b_n3 = -b_b1[:, None], -b_b2[:, None], -b_b3[:, None]
+    X10, X20, X21, X30, X31, X32 = merge_64(
+        E00, E11, E22, E33, G10 * b_n1, G20 * b_n2, G21 * b_n2, G30 * b_n3, G31 * b_n3, G32 * b_n3, DOT
+    )  # fmt: skip
+    X00, X11, X22, X33 = add_identity(E00), add_identity(E11), add_identity(E22), add_identity(E33)
+    if STORE_A:
+        p_A = Akk + head * 64
+        store_block_row(p_A, H * 64, o_t, T, 4, X00, b_0, b_0, b_0)
+        store_block_row(p_A, H * 64, o_t + 16, T, 4, X10, X11, b_0, b_0)
+        store_block_row(p_A, H * 64, o_t + 32, T, 4, X20, X21, X22, b_0)
+        store_block_row(p_A, H * 64, o_t + 48, T, 4, X30, X31, X32, X33)
+    e = v.dtype.element_ty
+    X00, X10, X11 = X00.to(e).to(IO), X10.to(e).to(IO), X11.to(e).to(IO)
+    X20, X21, X22 = X20.to(e).to(IO), X21.to(e).to(IO), X22.to(e).to(IO)
+    X30, X31, X32, X33 = X30.to(e).to(IO), X31.to(e).to(IO), X32.to(e).to(IO), X33.to(e).to(IO)
+    apply_inverse(
+        v + head * V, u + head * V, H * V, o_t, T, b_b0, b_b1, b_b2, b_b3,
+        X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, V, BDV, True, IO, STAGES,
+    )  # fmt: skip
+    tl.debug_barrier()  # other lanes than those that stored kb in w read it
+    apply_inverse(
+        w, w, s, o_t, T, b_b0, b_b1, b_b2, b_b3,
+        X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, False, IO, STAGES,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""SGLANG_TRINV_CHECK=N: the first N calls of a process against SGLang's kernel and float64.
+
+For debugging and the demo: the check reads tensor values, so the server waits for it. It works one
+key head at a time, which bounds its float64 memory to that share of the call.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_trinv import status
+from sglang_trinv.reference.chunk import naive_fwd_intra
+
+logger = logging.getLogger(__name__)
+
+SLACK = 1.2  # times the larger of stock's error and the rounding of the truth to the result's dtype
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Relative Frobenius distances of one result, ``w`` or ``u``, of one call."""
+
+    name: str
+    to_stock: float
+    ours: float
+    stock: float
+    rounding: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.ours)
+
+    @property
+    def tolerance(self) -> float:
+        """A stock result that is not finite sets no limit: then ours only has to be finite."""
+        return SLACK * (max(self.stock, self.rounding) if math.isfinite(self.stock) else math.inf)
+
+    @property
+    def agrees(self) -> bool:
+        return self.finite and self.ours <= self.tolerance
+
+
+class _Distance:
+    """Relative Frobenius distance, summed over parts of a tensor."""
+
+    def __init__(self) -> None:
+        self.difference = self.size = 0.0
+
+    def add(self, x: torch.Tensor, truth: torch.Tensor) -> None:
+        truth = truth.double()
+        self.difference += (x.double() - truth).square().sum().item()
+        self.size += truth.square().sum().item()
+
+    def value(self) -> float:
+        if self.size == 0.0:
+            return 0.0 if self.difference == 0.0 else math.inf
+        return math.sqrt(self.difference / self.size)
+
+
+def first_calls(
+    call: tuple[Any, ...], result: tuple[Any, ...], stock: Callable[..., Any], wanted: int
+) -> None:
+    """Check this call if fewer than ``wanted`` were checked; never fails the call."""
+    process = status.current()
+    if process.check["done"] >= wanted:
+        return
+    if call[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        process.record_check(_skip)
+        return
+    try:
+        comparisons = compare(call, result, stock(*call))
+    except Exception as error:
+        logger.warning("sglang_trinv: check skipped: %s: %s", type(error).__name__, error)
+        process.record_check(_skip)
+        return
+    process.record_check(lambda totals: record(totals, comparisons))
+    for bad in (c for c in comparisons if not c.agrees):
+        logger.warning(
+            "sglang_trinv: check: error of %s is %.3g, more than %.3g (SGLang's own kernel: %.3g)",
+            bad.name, bad.ours, bad.tolerance, bad.stock,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def compare(
+    call: tuple[Any, ...], ours: tuple[Any, ...], stock: tuple[Any, ...]
+) -> tuple[Comparison, Comparison]:
+    """Distances of w and u of ``ours`` and ``stock`` to the float64 result of ``call``.
+
+    Rows beyond the last sequence belong to nobody: neither kernel defines them.
+    """
+    k, v, g, beta, cu_seqlens, chunk_size, _ = call
+    rows = slice(0, k.shape[1] if cu_seqlens is None else int(cu_seqlens[-1]))
+    ratio = v.shape[2] // k.shape[2]
+    totals = {(name, kind): _Distance() for name in "wu" for kind in ("to_stock", *_KINDS)}
+    for i_hg in range(k.shape[2]):
+        heads = slice(i_hg * ratio, (i_hg + 1) * ratio)
+        truth = naive_fwd_intra(
+            k[:, rows, i_hg : i_hg + 1],
+            v[:, rows, heads],
+            None if g is None else g[:, rows, heads],
+            None if beta is None else beta[:, rows, heads],
+            cu_seqlens,
+            chunk_size,
+        )
+        for i, name in enumerate("wu"):
+            b_ours, b_stock = ours[i][:, rows, heads], stock[i][:, rows, heads]
+            totals[name, "to_stock"].add(b_ours, b_stock)
+            totals[name, "ours"].add(b_ours, truth[i])
+            totals[name, "stock"].add(b_stock, truth[i])
+            totals[name, "rounding"].add(truth[i].to(b_ours.dtype), truth[i])
+    w, u = (
+        Comparison(name, *(totals[name, kind].value() for kind in ("to_stock", *_KINDS)))
+        for name in "wu"
+    )
+    return w, u
+
+
+_KINDS = ("ours", "stock", "rounding")
+
+
+def record(totals: dict[str, Any], comparisons: tuple[Comparison, ...]) -> None:
+    """Add the comparisons of one call to the ``check`` part of the status."""
+    totals["done"] += 1
+    totals["disagreements"] += any(not c.agrees for c in comparisons)
+    totals["non_finite"] += any(not c.finite for c in comparisons)
+    for c in comparisons:
+        _raise_to(totals["worst"], c.name, c.to_stock)
+        _raise_to(totals["worst_error"]["ours"], c.name, c.ours)
+        _raise_to(totals["worst_error"]["stock"], c.name, c.stock)
+        ratio = c.ours / c.tolerance if c.tolerance else (math.inf if c.ours else 0.0)
+        if math.isfinite(ratio) and ratio >= totals["worst_ratio"]:
+            totals["worst_ratio"], totals["tolerance"] = ratio, c.tolerance
+
+
+def _raise_to(worst: dict[str, float], name: str, value: float) -> None:
+    if math.isfinite(value):
+        worst[name] = max(worst[name], value)
+
+
+def _skip(totals: dict[str, Any]) -> None:
+    totals["skipped"] += 1

@@ -1,0 +1,123 @@
+"""Configuration: the only reader of ``SGLANG_TRINV*`` variables, strict, read once per process.
+
+Plain pydantic, which SGLang itself needs, rather than pydantic-settings: a settings class ignores
+environment variables that it does not know, and here an unknown one must stop the start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from sglang_trinv.errors import ConfigError
+
+PREFIX = "SGLANG_TRINV"
+METHODS = ("auto", "mbh_fp16", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3")
+LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU: the first with bf16 and tf32 products
+
+
+def _flag(raw: Any) -> Any:
+    """0 or 1 and nothing else: pydantic alone would also take "yes", "off", "t"."""
+    if isinstance(raw, bool):
+        return raw
+    if raw not in ("0", "1"):
+        raise ValueError("want 0 or 1")
+    return raw == "1"
+
+
+def _count(raw: Any) -> Any:
+    if isinstance(raw, str):
+        if not re.fullmatch(r"[0-9]{1,9}", raw):
+            raise ValueError("want a whole number, 0 or more")
+        return int(raw)
+    return raw
+
+
+def _folder(raw: Any) -> Any:
+    if raw == "":
+        raise ValueError("want the path of a folder")
+    return raw
+
+
+def _gdn(raw: Any) -> Any:
+    if raw == "full":
+        raise ValueError("want auto, intra or off (full, the whole prefill, is yet to come)")
+    return raw
+
+
+def _fault(raw: Any) -> Any:
+    if raw not in ("", "zero_u", "raise_at_install"):
+        raise ValueError("want zero_u, raise_at_install or nothing (for tests only)")
+    return raw
+
+
+def _kda(raw: Any) -> Any:
+    if raw == "intra":
+        raise ValueError("want off (intra, the KDA kernel, is yet to come)")
+    return raw
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
+
+
+class Config(BaseModel):
+    """What the user asked for. Frozen; field names are this package's, aliases the variables'."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    enabled: Flag = Field(True, alias=f"{PREFIX}")
+    method: Literal["auto", "mbh_fp16", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3"] = Field(
+        "auto", alias=f"{PREFIX}_METHOD"
+    )
+    gdn: Annotated[Literal["auto", "intra", "off"], BeforeValidator(_gdn)] = Field(
+        "auto", alias=f"{PREFIX}_GDN"
+    )
+    kda: Annotated[Literal["off"], BeforeValidator(_kda)] = Field("off", alias=f"{PREFIX}_KDA")
+    force: Flag = Field(False, alias=f"{PREFIX}_FORCE")
+    strict: Flag = Field(False, alias=f"{PREFIX}_STRICT")
+    check: Annotated[int, BeforeValidator(_count), Field(ge=0)] = Field(0, alias=f"{PREFIX}_CHECK")
+    run_dir: Annotated[Path | None, BeforeValidator(_folder)] = Field(
+        None, alias=f"{PREFIX}_RUN_DIR"
+    )
+    fault: Annotated[Literal["", "zero_u", "raise_at_install"], BeforeValidator(_fault)] = Field(
+        "", alias=f"{PREFIX}_FAULT"
+    )
+
+    @property
+    def gdn_mode(self) -> Literal["intra", "off"]:
+        """``gdn`` with ``auto`` resolved: the widest replacement that exists."""
+        return "off" if self.gdn == "off" else "intra"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
+        """Read every ``SGLANG_TRINV*`` variable of ``environ`` (default: this process's).
+
+        Raises:
+            ConfigError: one line that names each bad variable, what was wanted and what came.
+        """
+        source = os.environ if environ is None else environ
+        given = {name: value for name, value in source.items() if name.startswith(PREFIX)}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+VARIABLES = tuple(str(field.alias) for field in Config.model_fields.values())
+
+
+def _explain(error: Any) -> str:
+    """One bad variable in words."""
+    name = str(error["loc"][0]) if error["loc"] else PREFIX
+    if error["type"] == "extra_forbidden":
+        return f"{name}: no such variable; known are {', '.join(VARIABLES)}"
+    if error["type"] == "literal_error":
+        want = "want " + str(error["ctx"]["expected"]).replace("'", "")
+    else:
+        want = str(error["msg"]).removeprefix("Value error, ")
+    return f"{name}: {want}; got {error['input']!r}"

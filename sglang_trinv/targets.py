@@ -1,0 +1,223 @@
+"""The SGLang releases that the package knows, and what each calls the things that it touches.
+
+This table is the only place with release numbers. Every row is tested against the sources in that
+release's wheel (tests/sglang); a release that is not listed is refused, because a guess that is
+wrong would be found by a user's answers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+from packaging.version import InvalidVersion, Version
+
+from sglang_trinv.errors import TargetMissing
+
+# The one function that the plugin hooks: SGLang calls it once per runner, before any CUDA graph.
+ATTENTION_WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
+
+REQUIRED = inspect.Parameter.empty
+FWD_INTRA_PARAMETERS: tuple[tuple[str, Any], ...] = (
+    ("k", REQUIRED),
+    ("v", REQUIRED),
+    ("g", None),
+    ("beta", None),
+    ("cu_seqlens", None),
+    ("chunk_size", 64),
+    ("chunk_indices", None),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a group of releases calls the GDN intra-chunk function and the choices around it.
+
+    Attributes:
+        releases: the releases, all of them tested.
+        fla: package that holds SGLang's flash-linear-attention kernels.
+        gdn_config: dotted function of the model's config, or the runner's attribute (no dot), that
+            gives the GDN part of the model's config, None for a model without.
+        prefill_default: function of ``linear.gdn_backend`` by which SGLang itself may choose
+            FlashInfer, "" where it never does.
+        prefill_flag: where ``--linear-attn-prefill-backend`` can still be changed when the backend
+            is built: an attribute of ``server_args``, its ``override``, or the context's.
+    """
+
+    releases: tuple[str, ...]
+    fla: str
+    gdn_config: str
+    prefill_default: str
+    prefill_flag: Literal["attribute", "server_args", "context"]
+    module: str = "chunk_fwd"
+    function: str = "chunk_gated_delta_rule_fwd_intra"
+    importers: tuple[str, ...] = ("chunk",)
+    parameters: tuple[tuple[str, Any], ...] = FWD_INTRA_PARAMETERS
+    adapter: str = "fwd_intra"
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.fla}.{self.module}.{self.function}"
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Modules that hold the function by name: the defining one first."""
+        return tuple(f"{self.fla}.{name}" for name in (self.module, *self.importers))
+
+
+_SRT_FLA = "sglang.srt.layers.attention.fla"
+_KERNELS_FLA = "sglang.kernels.ops.attention.fla"
+_HYBRID_ARCH = "sglang.srt.configs.hybrid_arch.hybrid_gdn_config"
+
+TARGETS = (
+    Target(
+        releases=(
+            "0.5.11",
+            "0.5.12",
+            "0.5.12.post1",
+            "0.5.13",
+            "0.5.13.post1",
+            "0.5.14",
+            "0.5.15",
+            "0.5.15.post1",
+        ),
+        fla=_SRT_FLA,
+        gdn_config="hybrid_gdn_config",
+        prefill_default="",
+        prefill_flag="attribute",
+    ),
+    Target(
+        releases=("0.5.16",),
+        fla=_KERNELS_FLA,
+        gdn_config=_HYBRID_ARCH,
+        prefill_default="maybe_set_default_flashinfer_gdn_prefill",
+        prefill_flag="server_args",
+    ),
+    Target(
+        # server_args is read-only from here on, and the backend still reads the flag from it.
+        releases=("0.5.17",),
+        fla=_KERNELS_FLA,
+        gdn_config=_HYBRID_ARCH,
+        prefill_default="flashinfer_gdn_prefill_default",
+        prefill_flag="server_args",
+    ),
+    Target(
+        releases=("0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"),
+        fla=_KERNELS_FLA,
+        gdn_config=_HYBRID_ARCH,
+        prefill_default="flashinfer_gdn_prefill_default",
+        prefill_flag="context",
+    ),
+)
+
+RELEASES = tuple(release for target in TARGETS for release in target.releases)
+
+
+def find(release: str) -> Target:
+    """Return the row of ``release``; a local part ("+cu130") does not count.
+
+    Raises:
+        TargetMissing: the release is not in the table.
+    """
+    supported = f"supported are {RELEASES[0]} to {RELEASES[-1]}"
+    try:
+        public = Version(Version(release).public)
+    except InvalidVersion:
+        raise TargetMissing(f"SGLang {release!r} is not a release number; {supported}") from None
+    for target in TARGETS:
+        if any(public == Version(known) for known in target.releases):
+            return target
+    raise TargetMissing(f"SGLang {release} is not in the table of sglang_trinv; {supported}")
+
+
+def resolve(target: Target) -> tuple[Callable[..., Any], tuple[ModuleType, ...]]:
+    """Import ``target`` and check that it is what the table says.
+
+    Returns:
+        The function as it is now, and the modules that hold it, the defining one first.
+    Raises:
+        TargetMissing: a module or the function is missing, an importer holds another function, or
+            the signature differs.
+    """
+    modules = []
+    for name in target.holders:
+        try:
+            modules.append(importlib.import_module(name))
+        except ImportError as error:
+            raise TargetMissing(f"cannot import {name}: {error}") from error
+    function = getattr(modules[0], target.function, None)
+    if not callable(function):
+        raise TargetMissing(f"{target.dotted} does not exist")
+    for module in modules[1:]:
+        if getattr(module, target.function, None) is not function:
+            raise TargetMissing(f"{module.__name__} does not use {target.dotted}")
+    found = parameters_of(function)
+    if found != target.parameters:
+        raise TargetMissing(
+            f"signature of {target.dotted}: want {_spell(target.parameters)}, got {_spell(found)}"
+        )
+    return function, tuple(modules)
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
+    """Names and defaults of ``function``; ``*`` and ``**`` are part of the name."""
+    marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    return tuple(
+        (marks.get(p.kind, "") + p.name, p.default)
+        for p in inspect.signature(function).parameters.values()
+    )
+
+
+def _spell(parameters: tuple[tuple[str, Any], ...]) -> str:
+    words = (name if value is REQUIRED else f"{name}={value!r}" for name, value in parameters)
+    return f"({', '.join(words)})"
+
+
+def gdn_config_of(target: Target, runner: Any) -> Any:
+    """The GDN part of ``runner``'s model config; None if the model has no GDN layer."""
+    if "." not in target.gdn_config:
+        return getattr(runner, target.gdn_config)
+    module, name = target.gdn_config.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)(runner.model_config)
+
+
+def force_triton_prefill(target: Target, runner: Any) -> bool:
+    """Do what ``--linear-attn-prefill-backend triton`` does, if FlashInfer is or may become it.
+
+    Must run before SGLang builds the linear attention backend. A choice other than FlashInfer
+    (cutedsl, say) is left alone.
+
+    Returns:
+        Whether the flag was set.
+    """
+    if target.prefill_flag == "context":
+        context = importlib.import_module("sglang.srt.runtime_context")
+        flags, override = context.get_exec().mamba, context.get_context().override
+    else:
+        flags = runner.server_args
+        override = getattr(flags, "override", None)
+    chosen, base = flags.linear_attn_prefill_backend, flags.linear_attn_backend
+    may_default = chosen is None and base == "triton" and bool(target.prefill_default)
+    if (chosen or base) != "flashinfer" and not may_default:
+        return False
+    if target.prefill_flag == "attribute":
+        flags.linear_attn_prefill_backend = "triton"
+    else:
+        override("sglang_trinv.force", linear_attn_prefill_backend="triton")
+    return True
+
+
+def prefill_backend_of(backend: Any) -> str:
+    """Name of the kernels that ``backend`` (what the attention wrapper returned) prefills GDN with.
+
+    Read from the object that SGLang will call, so flags, defaults and fallbacks are all in it:
+    "triton", "flashinfer", "cutedsl", or "unknown".
+    """
+    linear = getattr(backend, "linear_attn_backend", None)
+    kernel = getattr(getattr(linear, "kernel_dispatcher", None), "extend_kernel", None)
+    name = type(kernel).__name__
+    return name.removesuffix("GDNKernel").lower() if name.endswith("GDNKernel") else "unknown"

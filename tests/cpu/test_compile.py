@@ -1,0 +1,33 @@
+"""Every kernel compiles for every supported architecture; no GPU is needed for that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import json, sys
+from benchmarks.resources import KERNELS, compile_kernel
+arch = int(sys.argv[1]) if sys.argv[1].isdigit() else sys.argv[1]
+for name in KERNELS:
+    print(json.dumps(compile_kernel(name, arch).as_dict()), flush=True)
+"""
+
+
+@pytest.mark.parametrize("arch", ["80", "89", "90", "100", "120", "gfx942"])
+def test_compiles(arch: str) -> None:
+    """In a process of its own: here the kernels are imported for Triton's interpreter."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, arch], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["binary_bytes"] > 0
+        assert row["registers"] is None or row["registers"] <= 255

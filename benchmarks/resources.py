@@ -1,0 +1,132 @@
+"""Registers, spills, shared memory and compile time of every kernel on every architecture.
+
+No GPU is needed: Triton compiles ahead of time. Registers and spills come from NVIDIA's own
+``cuobjdump``, which Triton's package carries.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from sglang_trinv.kernels import fwd_intra, solve_tril
+from sglang_trinv.kernels.configs import FWD_INTRA, SOLVE_TRIL_MAXNREG
+
+ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
+HALF = ("k", "v", "w", "u", "Ai")
+FLOAT = ("A", "g", "beta")
+INDEX = ("cu_seqlens", "chunk_indices")
+SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128, "BK": 128, "BDK": 64, "BDV": 64}
+FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
+
+
+def _step(stores: str, method: str, group: int) -> tuple[str, str, dict, dict]:
+    constants = {
+        **SHAPE, **FLAGS, "GROUP": group, "DOT": method, "STAGES": FWD_INTRA.stages,
+        "STORE_A": stores == "A", "STORE_WU": stores == "wu",
+    }  # fmt: skip
+    return "fwd_intra", "fwd_intra_kernel", constants, {}
+
+
+def _tril(n: int, method: str) -> tuple[str, str, dict, dict]:
+    constants = {"H": 32, "BT": n, "DOT": method, "VARLEN": True}
+    return "solve_tril", "solve_tril_kernel", constants, {"maxnreg": SOLVE_TRIL_MAXNREG}
+
+
+KERNELS = {
+    "kkt_solve fp16": _step("A", "fp16", 2),
+    "kkt_solve bf16x3": _step("A", "bf16x3", 2),
+    "fwd_intra fp16": _step("wu", "fp16", 1),
+    "fwd_intra bf16x3": _step("wu", "bf16x3", 1),
+    "solve_tril 64 fp16": _tril(64, "fp16"),
+    "solve_tril 64 bf16x3": _tril(64, "bf16x3"),
+    "solve_tril 32 fp16": _tril(32, "fp16"),
+    "solve_tril 16 fp16": _tril(16, "fp16"),
+}
+MODULES = {"fwd_intra": fwd_intra, "solve_tril": solve_tril}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    arch: str
+    registers: int | None
+    stack_bytes: int | None
+    shared_bytes: int
+    binary_bytes: int
+    compile_s: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compile_kernel(name: str, arch: int | str) -> Resources:
+    """Compile the kernel called ``name`` (a key of KERNELS) for an sm number or a gfx name."""
+    module, function, constants, options = KERNELS[name]
+    kernel = getattr(MODULES[module], function)
+    source = _compilable(kernel)
+    cuda = isinstance(arch, int)
+    target = GPUTarget("cuda", arch, 32) if cuda else GPUTarget("hip", arch, 64)
+    signature = {n: _type(n, constants) for n in source.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(source.arg_names)
+        if signature[n].startswith("*")
+    }
+    places = {(source.arg_names.index(n),): value for n, value in constants.items()}
+    start = time.perf_counter()
+    made = triton.compile(
+        ASTSource(fn=source, signature=signature, constexprs=places, attrs=aligned),
+        target=target,
+        options={"num_warps": 1, "num_stages": 1, **(options if cuda else {})},
+    )
+    seconds = time.perf_counter() - start
+    binary = made.asm["cubin" if cuda else "hsaco"]
+    registers, stack = _usage(binary) if cuda else (None, None)
+    return Resources(
+        name, f"sm_{arch}" if cuda else str(arch), registers, stack, made.metadata.shared,
+        len(binary), round(seconds, 1),
+    )  # fmt: skip
+
+
+def _compilable(kernel: Any) -> JITFunction:
+    if isinstance(kernel, JITFunction):
+        return kernel
+    raise RuntimeError("kernels were imported under TRITON_INTERPRET=1 and cannot be compiled")
+
+
+def _type(name: str, constants: dict[str, Any]) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in INDEX:
+        return "*i32"
+    return "*bf16" if name in HALF else "*fp32" if name in FLOAT else "i32"
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, stack bytes a thread): stack is where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run(
+            [os.fspath(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", shown.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump: no register line in {shown.stdout[-200:]!r}")
+    return int(found[1]), int(found[2])

@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks intra` on a GPU, `python -m benchmarks resources` anywhere."""
+"""Measurements: `python -m benchmarks intra` (GPU), `python -m benchmarks resources` (anywhere)."""

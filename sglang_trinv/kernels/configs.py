@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is cut. One warp a program everywhere: the blocks of one chunk stay in its registers."""
+    """How a kernel is cut. One warp a program: the blocks of one chunk stay in its registers."""
 
     group: int  # value heads a program
     block_k: int = 128  # columns of k read at once for K K^T
@@ -16,11 +16,10 @@ class LaunchConfig:
     maxnreg: int | None = None
 
 
-# H200, us, T = 8192: 128 columns of k at once 35.9, 64 columns 38.5 (Hg/H 16/32); all value heads of a
-# key head in one program 35.9 against 46.1 one by one, and 55.6 against 79.2 at 16/64.
-FEW_PROGRAMS = (
-    1056  # 132 SMs x 8 programs: with fewer, latency counts and one head a program is faster
-)
+# H200, us, T = 8192: 128 columns of k at once 35.9, 64 columns 38.5 (Hg/H 16/32); all value heads
+# of a key head in one program 35.9 against 46.1 one by one, and 55.6 against 79.2 at 16/64.
+# Below 132 SMs x 8 programs latency counts and one head a program is faster.
+FEW_PROGRAMS = 1056
 
 
 def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
@@ -30,8 +29,8 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
     return LaunchConfig(group=next(g for g in (4, 3, 2, 1) if ratio % g == 0))
 
 
-# H200, us, T = 8192, Hg/H 16/32: one value head a program 105.0, two 119.7; columns by 64 in two stages
-# 105.0, in one 106.9, by 32 in three 106.8.
+# H200, us, T = 8192, Hg/H 16/32: one value head a program 105.0, two 119.7; columns by 64 in two
+# stages 105.0, in one 106.9, by 32 in three 106.8.
 FWD_INTRA = LaunchConfig(group=1, stages=2)
 # H200, us, T = 8192, 32 heads: 160 registers 52.6, unbounded 56.2, 128 57.5.
 SOLVE_TRIL_MAXNREG = 160

@@ -53,7 +53,7 @@ def below_block(b_G, b_row, b_gj, g_first):
 
 @triton.jit
 def scale_rows(b_x, b_s, IO: tl.constexpr):
-    """diag(s) x, rounded to x's dtype as SGLang does: folding s into the inverse errs more on constant s."""
+    """diag(s) x, rounded to x's dtype as SGLang does: s in the inverse errs more on constant s."""
     return (b_x.to(tl.float32) * b_s[:, None]).to(b_x.dtype).to(IO)
 
 
@@ -94,7 +94,7 @@ def fwd_intra_kernel(
     STAGES: tl.constexpr, HAS_G: tl.constexpr, VARLEN: tl.constexpr, STORE_A: tl.constexpr,
     STORE_WU: tl.constexpr,
 ):  # fmt: skip
-    """Ai = (I + strict_tril(beta_i exp(g_i - g_j) k_i.k_j))^-1, w = Ai (beta exp(g) k), u = Ai (beta v).
+    """Ai = (I + strict_tril(beta_i exp(g_i - g_j) k_i.k_j))^-1, w = Ai beta e^g k, u = Ai beta v.
 
     One program, one warp: a chunk of 64 tokens and GROUP value heads of one key head. Layouts:
     k [B, T, Hg, K], v and u [B, T, H, V], w [B, T, H, K], g and beta [B, T, H], Ai [B, T, H, 64].
@@ -167,6 +167,7 @@ def fwd_intra_kernel(
             )  # fmt: skip
             apply_inverse(
                 p_k, Hg * K, w + (row * H + i_h) * K, H * K, o_t, T,
-                b_b0 * tl.exp2(b_g0), b_b1 * tl.exp2(b_g1), b_b2 * tl.exp2(b_g2), b_b3 * tl.exp2(b_g3),
+                b_b0 * tl.exp2(b_g0), b_b1 * tl.exp2(b_g1),
+                b_b2 * tl.exp2(b_g2), b_b3 * tl.exp2(b_g3),
                 X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, IO, STAGES,
             )  # fmt: skip

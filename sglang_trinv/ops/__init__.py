@@ -1,4 +1,4 @@
-"""The public operations: host side of the kernels. Importing this needs torch and Triton, no GPU."""
+"""The public operations: host side of the kernels. The import needs torch and Triton, no GPU."""
 
 from sglang_trinv.ops.fwd_intra import fwd_intra, kkt_solve
 from sglang_trinv.ops.methods import METHODS, implementation

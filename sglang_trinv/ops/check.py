@@ -19,7 +19,7 @@ def check_tensor(
     name: str, x: object, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
 ) -> None:  # fmt: skip
-    """``x`` is a contiguous tensor of ``shape`` (None: any size) with one of ``dtypes`` on ``device``."""
+    """``x`` is a contiguous tensor of ``shape`` (None: any), one of ``dtypes``, on ``device``."""
     want(isinstance(x, torch.Tensor), name, "a tensor", type(x).__name__)
     fits = x.dim() == len(shape) and all(
         s is None or s == n for s, n in zip(shape, x.shape, strict=True)

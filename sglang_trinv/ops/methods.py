@@ -8,9 +8,9 @@ import torch
 
 from sglang_trinv.errors import UnsupportedCall
 
-#: Method -> operand precision of its products. All are MBH (block doubling), all accumulate in float32.
-#: The x3 methods split each operand in two: for keys longer than 1 or beta above 1, where the
-#: inverse is no longer bounded (docs/numerics.md#bound). "auto" goes by the result's dtype
+#: Method -> operand precision of its products. All are MBH (block doubling) and accumulate in
+#: float32. The x3 methods split each operand in two: for keys longer than 1 or beta above 1, where
+#: the inverse is no longer bounded (docs/numerics.md#bound). "auto" goes by the result's dtype
 #: (AUTO): fp16 products err far less than rounding to bfloat16, but as much as rounding to float16.
 METHODS = {
     "auto": "",

@@ -23,8 +23,8 @@ def solve_tril(
     """Invert ``I + A`` in every chunk of ``A``.
 
     Args:
-        A (float32 | bfloat16 | float16, [B, T, H, BT], contiguous): BT is 16, 32 or 64; entries on and
-            above the diagonal of each chunk are not used.
+        A (float32 | bfloat16 | float16, [B, T, H, BT], contiguous): BT is 16, 32 or 64; entries on
+            and above the diagonal of each chunk are not used.
         cu_seqlens (int32 | int64, [N + 1], Optional): sequence starts; B must be 1.
         output_dtype (torch.dtype): float32, bfloat16 or float16. Default: float32.
         chunk_indices (like cu_seqlens, [NT, 2], Optional): (sequence, chunk in it); made from

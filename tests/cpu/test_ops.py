@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sglang_trinv_cpu_platform import bfloat16
 
 from sglang_trinv import config, ops
 from sglang_trinv.errors import UnsupportedCall
@@ -15,6 +14,7 @@ from sglang_trinv.ops.chunks import PADDING_CHUNK, padded_chunk_indices
 from sglang_trinv.reference.bounds import rounding_bound
 from sglang_trinv.reference.chunk import naive_fwd_intra, naive_solve_tril
 from sglang_trinv.reference.methods import invert
+from sglang_trinv_cpu_platform import bfloat16
 from tests.inputs import (
     GVA_RATIOS,
     HARD_INPUTS,
@@ -132,7 +132,7 @@ def test_chunk_indices_are_made_on_the_device_with_padding() -> None:
 @pytest.mark.parametrize("method", ["mbh_fp16", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3"])
 @pytest.mark.parametrize("n", [16, 32, 64])
 def test_solve_tril_on_hard_matrices(n: int, method: str) -> None:
-    """Within 1.2 times the emulated error of SGLang's own method (fp32 substitution on 16 x 16, tf32
+    """Within 1.2 times the emulated error of SGLang's method (fp32 substitution on 16 x 16, tf32
     merges); a method with 11 significant bits as if the result were stored in bfloat16."""
     for name, A in hard_matrices(n, batch=2).items():
         A = A.float()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_trinv import warmup
-from tests.cpu.test_install import runner
+from tests.cpu.fake_server import runner
 
 
 def test_heads_come_from_the_state_pool() -> None:
@@ -45,7 +45,7 @@ def test_many_launch_sizes_on_a_gpu_one_elsewhere() -> None:
 
 
 def test_the_real_op_runs_and_leaves_the_random_state_alone(
-    self, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = torch.get_rng_state()

@@ -54,7 +54,7 @@ def test_sglangs_own_caller_reaches_the_adapter(
     assert (w == 1).all()
     assert (u == 2).all()
     assert A is None
-    assert seen == [(64, cu_seqlens, cu_seqlens, Config().method, False)]
+    assert seen == [(64, cu_seqlens, cu_seqlens, "auto", False)]
     assert status.current().calls["fwd_intra"]["triton-interpreter"] == 1
     patch.undo()
     assert not patch.live()

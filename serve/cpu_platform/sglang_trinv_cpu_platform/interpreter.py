@@ -90,7 +90,7 @@ def _late_bound(builtin: Callable) -> Callable:
 
 
 def _bind_language_once_per_launch() -> None:
-    """Save a third of the time: the interpreter rebinds all of ``tl`` at every device function call.
+    """Save a third of the time: the interpreter binds all of ``tl`` at every device function call.
 
     Within a launch the second time changes nothing; the modules that a function sees, ``tl`` or
     ``tl.core``, decide what is bound.

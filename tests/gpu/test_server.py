@@ -1,0 +1,149 @@
+"""The real server on a GPU: hook live, calls counted, log probabilities as true as stock's.
+
+The tiny model is served in the layout with a vision tower, which releases from 0.5.16 on know.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from sglang_trinv.serve import health
+from sglang_trinv.serve.config import ServeConfig, free_port
+from sglang_trinv.serve.launch import Server
+from sglang_trinv.serve.tiny_model import make
+from tests.e2e.client import Client, true_prompt_logprobs
+
+pytestmark = pytest.mark.gpu
+
+FLAGS = (
+    "--linear-attn-prefill-backend", "triton", "--attention-backend", "triton",
+    "--sampling-backend", "pytorch", "--mem-fraction-static", "0.2", "--max-total-tokens",
+    "131072", "--max-mamba-cache-size", "256", "--cuda-graph-max-bs-decode", "8",
+    "--chunked-prefill-size", "2048",
+)  # fmt: skip
+LENGTHS = (1, 64, 100, 1000, 5000)
+LAYERS = 3
+
+
+def prompt(length: int) -> list[int]:
+    source = random.Random(length)
+    return [source.randrange(32, 127) for _ in range(length)]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Client]]:
+    """stock, then ours, then ours with u multiplied by zero, all running at once."""
+    model = tmp_path_factory.mktemp("model")
+    make.write(model, "conditional")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")}
+    strict = {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_CHECK": "6"}
+    arms = {"stock": {}, "ours": strict, "zero_u": {"SGLANG_TRINV_FAULT": "zero_u"}}
+    clients = {}
+    with ExitStack() as stack:
+        for name, more in arms.items():  # one after the other: their memory profiling would race
+            config = ServeConfig(
+                model=str(model), kernels="stock" if name == "stock" else "ours", device="cuda",
+                port=free_port(), extra=FLAGS,
+            )  # fmt: skip
+            run_dir: Path = tmp_path_factory.mktemp(name)
+            server = Server(config, run_dir, {**environ, **more})
+            stack.callback(server.stop)
+            server.start()
+            server.wait_healthy(timeout_s=240)
+            clients[name] = Client(server)
+        yield clients
+
+
+@pytest.fixture(scope="module")
+def logprobs(servers: dict[str, Client]) -> dict[str, list[list[float]]]:
+    return {
+        name: [client.prompt_logprobs(prompt(n)) for n in LENGTHS]
+        for name, client in servers.items()
+    }
+
+
+def distance(x: list[list[float]], y: list[list[float]]) -> dict[str, float]:
+    gaps = [abs(a - b) for p, q in zip(x, y, strict=True) for a, b in zip(p, q, strict=True)]
+    assert all(map(math.isfinite, gaps))
+    rms = math.sqrt(sum(gap**2 for gap in gaps) / len(gaps))
+    return {"rms": rms, "max": max(gaps), "tokens": len(gaps)}
+
+
+def one_scheduler(client: Client) -> dict[str, Any]:
+    (status,) = client.schedulers()
+    return status
+
+
+def test_hook_is_live_and_called(servers: dict[str, Client], record_property) -> None:
+    ours = servers["ours"]
+    before = ours.calls()["triton"]
+    ours.generate(prompt(300))
+    status = one_scheduler(ours)
+    assert ours.calls()["triton"] - before == LAYERS
+    assert status["state"] == "installed"
+    assert status["on_hot_path"]
+    assert all(hook["live"] for hook in status["hooks"])
+    assert status["fallbacks"] == {}
+    assert status["calls"]["fwd_intra"].get("torch", 0) == 0
+    assert status["check"]["done"] == 6
+    assert status["check"]["disagreements"] == 0
+    line = [x for x in ours.log().splitlines() if "GDN intra-chunk inverse replaced" in x]
+    assert len(line) == 1
+    record_property("status", status)
+    record_property("log_line", line[0])
+
+
+def test_stock_is_stock(servers: dict[str, Client]) -> None:
+    assert not any(servers["stock"].calls().values())
+
+
+def test_prompt_logprobs(logprobs: dict, record_property) -> None:
+    """At most 1.2 times as far from transformers in float32 as stock is; the broken arm is not."""
+    truth = [true_prompt_logprobs(prompt(n)) for n in LENGTHS]
+    error = {name: distance(found, truth) for name, found in logprobs.items()}
+    record_property("against_transformers", error)
+    record_property("ours_against_stock", distance(logprobs["ours"], logprobs["stock"]))
+    allowed = 1.2 * error["stock"]["rms"]
+    assert 0 < error["ours"]["rms"] <= allowed < error["zero_u"]["rms"]
+    assert logprobs["ours"] != logprobs["stock"]
+
+
+def test_stock_repeats_itself(servers: dict[str, Client], logprobs: dict, record_property) -> None:
+    servers["stock"].flush()
+    again = [servers["stock"].prompt_logprobs(prompt(n)) for n in LENGTHS]
+    record_property("stock_against_stock", distance(again, logprobs["stock"]))
+    servers["ours"].flush()
+    again = [servers["ours"].prompt_logprobs(prompt(n)) for n in LENGTHS]
+    found = distance(again, logprobs["ours"])
+    record_property("ours_against_ours", found)
+    assert found["max"] == 0
+
+
+def test_chat_completions_stream(servers: dict[str, Client], record_property) -> None:
+    client = OpenAI(base_url=f"{servers['ours'].server.config.url}/v1", api_key="none")
+    messages = [{"role": "user", "content": "Say something."}]
+    plain = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=16, extra_body={"ignore_eos": True}
+    )
+    stream = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=16, stream=True,
+        stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    usage = [chunk.usage for chunk in stream if chunk.usage][-1]
+    assert usage.completion_tokens == plain.usage.completion_tokens == 16
+    record_property("prompt_tokens", usage.prompt_tokens)
+
+
+def test_health_after_all(servers: dict[str, Client]) -> None:
+    for client in servers.values():
+        client.server.check_alive()
+        assert health.ready(client.server.config.url)

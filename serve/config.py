@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sglang_trinv import targets
 from sglang_trinv.config import Config
 from sglang_trinv.errors import TrinvError
+from sglang_trinv.patches import apply as patcher
 from sglang_trinv.serve import tiny_model
 from sglang_trinv.status import read_run_dir
 
@@ -105,6 +106,8 @@ def check_release(kernels: Kernels = "ours") -> str:
         ) from None
     if kernels == "ours":
         targets.find(release)
+        if release in targets.PATCHED:
+            patcher.require_applied(patcher.find_site())
     return release
 
 

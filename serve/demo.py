@@ -27,10 +27,11 @@ from sglang_trinv.status import read_run_dir
 
 CHECKED_CALLS = 12
 MAX_TOKENS = 16
-PROMPTS = (
-    "What replaces the triangular inverse of a Gated DeltaNet prefill?",
-    "Count the bytes of this sentence, one token each, and stream them back to me slowly.",
-)
+# A key, its value, and so on; the last write of a key counts, then one key is asked for. The writes
+# fill more than one chunk of the delta rule.
+WRITES = "a3b5c1d8e2f6" + "b7c4d0e9f1" * 6 + "a8c2e5"
+QUESTION, VALUE = f"{WRITES}|a", "8"
+CODE = "def forward(self, x):"
 
 
 def main() -> int:
@@ -48,8 +49,7 @@ def main() -> int:
         with stop_on_signals(), Server(config, run_dir, environ) as server:
             start(server, console)
             console.print(f"\n{server.verify().message}", markup=False)
-            ask(config.url, console)
-            problems = show(run_dir, config, console)
+            problems = ask(config.url, console) + show(run_dir, config, console)
     except TrinvError as error:
         console.print(f"error: {error}", markup=False)
         return 1
@@ -64,26 +64,27 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def ask(url: str, console: Console) -> None:
-    """One plain and one streaming chat completion with the official client."""
+def ask(url: str, console: Console) -> list[str]:
+    """One plain and one streaming chat completion with the official client; what is wrong."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=0)
-    plain, streaming = ([{"role": "user", "content": prompt}] for prompt in PROMPTS)
+    plain, streaming = ([{"role": "user", "content": text}] for text in (QUESTION, CODE))
     options: Any = {"model": "tiny", "max_tokens": MAX_TOKENS, "temperature": 0}
     begin = time.monotonic()
     answer = client.chat.completions.create(messages=plain, **options)
-    usage = answer.usage
-    console.print(f"\n/v1/chat/completions: {PROMPTS[0]}", markup=False)
-    console.print(f"  reply: {answer.choices[0].message.content!r}", markup=False)
+    usage, reply = answer.usage, answer.choices[0].message.content
+    console.print(f"\n/v1/chat/completions: {QUESTION}", markup=False)
+    console.print(f"  reply: {reply!r} (a was last set to {VALUE})", markup=False)
     console.print(
         f"  {usage.prompt_tokens} prompt tokens, {usage.completion_tokens} new, "
-        f"{time.monotonic() - begin:.1f} s (random weights: the bytes mean nothing)"
+        f"{time.monotonic() - begin:.1f} s"
     )
-    console.print(f"\n/v1/chat/completions, stream: {PROMPTS[1]}\n  reply:", markup=False, end="")
+    console.print(f"\n/v1/chat/completions, stream: {CODE}\n  reply:", markup=False, end="")
     for chunk in client.chat.completions.create(messages=streaming, stream=True, **options):
         text = chunk.choices[0].delta.content if chunk.choices else None
         if text:
             console.print(f" {text!r}", markup=False, end="")
     console.print()
+    return [] if reply == VALUE else [f"the model answered {reply!r}, not {VALUE!r}"]
 
 
 def show(run_dir: Path, config: ServeConfig, console: Console) -> list[str]:

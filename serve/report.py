@@ -16,7 +16,7 @@ def processes(statuses: list[dict[str, Any]]) -> Iterator[str]:
             yield f"  calls: {calls(status)}"
         for reason, count in status["fallbacks"].items():
             yield f"  {count} answered by stock: {reason}"
-        if status["check"]["wanted"]:
+        if status["check"]["wanted"] and status["state"] == "installed":
             yield f"  check: {check(status)}"
 
 

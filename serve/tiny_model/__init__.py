@@ -1,8 +1,7 @@
 """The embedded model: Qwen3.5 architecture, one token a byte, about a million weights.
 
 ``config.json``, ``tokenizer*.json`` and ``generation_config.json`` come from ``layout.py``;
-``model.safetensors`` from ``make.py`` (seeded random weights until trained ones of the same layout
-replace them).
+``model.safetensors`` is what ``evals/train_tiny.py`` trained (its log: ``evals/train_log.json``).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Write the embedded model, or the same weights in the layout of SGLang 0.5.16.
+"""Write the embedded model's weights in another layout, or others in the embedded model's.
 
     python -m sglang_trinv.serve.tiny_model.make --out DIR [--architecture text|conditional]
-        [--weights FILE] [--seed N]
+        [--weights FILE]
 
-The random weights repeat bit for bit anywhere: they are sums of raw integers of PCG64, scaled, so
-no libm and no vectorised generator has a part in them.
+``conditional`` is the layout that SGLang 0.5.16 knows: the same text weights under other names, and
+a vision tower that text never runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from sglang_trinv.serve.tiny_model import PATH, layout
 
-SEED = 20
+EMBEDDED = PATH / "model.safetensors"
 
 
 def text_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -80,62 +80,36 @@ def vision_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{name}.bias", shape[:1]
 
 
-def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """A bfloat16 weight that depends on ``name``, ``shape`` and ``seed`` alone."""
-    count = int(np.prod(shape))
-    raw = np.random.PCG64([seed, zlib.crc32(name.encode())]).random_raw(count)
-    words = raw.view(np.uint16).reshape(count, 4).astype(np.int64).sum(axis=1)
-    unit = words / 2**17 - 1.0  # four uniforms: close to normal, in [-1, 1), deviation 12**-0.5
-    normal = unit * 3.4375
-    if name.endswith("A_log"):
-        value = -1.5 + 1.5 * unit  # decay rates 0.05 to 1
-    elif name.endswith("dt_bias"):
-        value = -4.0 + 2.0 * unit  # time steps 0.002 to 0.13: a memory of some hundred tokens
-    elif name.endswith("linear_attn.norm.weight") or (".visual." in name and "norm" in name):
-        value = np.ones(count) if name.endswith("weight") else np.zeros(count)
-    elif name.endswith(("norm.weight", ".bias")):
-        value = np.zeros(count)  # transformers adds 1 to the norms of the text model
-    elif name.endswith("embed_tokens.weight"):
-        value = normal
-    elif name.endswith("conv1d.weight"):
-        value = normal * 0.5
-    elif name.endswith("lm_head.weight"):
-        value = normal * 0.25  # logits of deviation 3
-    else:
-        value = normal / np.sqrt(count // shape[0])
-    return torch.from_numpy(value.reshape(shape)).to(torch.float32).to(torch.bfloat16)
+def vision_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A bfloat16 weight that depends on ``name`` and ``shape`` alone."""
+    if "norm" in name or name.endswith(".bias"):
+        fill = torch.ones if name.endswith("norm.weight") else torch.zeros
+        return fill(shape, dtype=torch.bfloat16)
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    value = generator.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(value).to(torch.bfloat16)
 
 
-def text_weights(seed: int = SEED) -> dict[str, torch.Tensor]:
-    """Random weights of the text model."""
-    return {name: random_weight(name, shape, seed) for name, shape in text_shapes()}
-
-
-def conditional_weights(text: dict[str, torch.Tensor], seed: int = SEED) -> dict[str, torch.Tensor]:
+def conditional_weights(text: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """``text`` under the names of Qwen3_5ForConditionalGeneration, and a vision tower."""
     renamed = {_under_language_model(name): weight for name, weight in text.items()}
-    return renamed | {name: random_weight(name, shape, seed) for name, shape in vision_shapes()}
+    return renamed | {name: vision_weight(name, shape) for name, shape in vision_shapes()}
 
 
-def write(
-    out: Path,
-    architecture: layout.Architecture = "text",
-    weights: Path | None = None,
-    seed: int = SEED,
-) -> None:
-    """Write a model folder; ``weights`` is a text model's safetensors file, default random ones.
+def write(out: Path, architecture: layout.Architecture = "text", weights: Path = EMBEDDED) -> None:
+    """Write a model folder; ``weights`` is a text model's safetensors file.
 
     Raises:
         ValueError: ``weights`` has other names or shapes than the layout.
     """
-    text = load_file(weights) if weights else text_weights(seed)
+    text = load_file(weights)
     wanted = dict(text_shapes())
     odd = sorted(n for n in wanted.keys() | text.keys() if _shape(text, n) != wanted.get(n))
     if odd:
         want, got = wanted.get(odd[0]), _shape(text, odd[0])
         raise ValueError(f"{weights}: {odd[0]}: want {want}, got {got}")
     layout.write(out, architecture)
-    made = text if architecture == "text" else conditional_weights(text, seed)
+    made = text if architecture == "text" else conditional_weights(text)
     save_file(made, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
 
@@ -153,10 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the embedded model.")
     parser.add_argument("--out", type=Path, default=PATH, help="folder; default: this package")
     parser.add_argument("--architecture", choices=("text", "conditional"), default="text")
-    parser.add_argument("--weights", type=Path, help="text weights to use instead of random ones")
-    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--weights", type=Path, default=EMBEDDED, help="text weights")
     args = parser.parse_args()
-    write(args.out, args.architecture, args.weights, args.seed)
+    write(args.out, args.architecture, args.weights)
     size = (args.out / "model.safetensors").stat().st_size
     print(f"{args.out}: {args.architecture}, {size / 1e6:.2f} MB")
 

@@ -44,7 +44,8 @@ def solve_tril(
     want(BT in (16, 32, 64), "A", "a last dimension (chunk size) of 16, 32 or 64", BT)
     want(output_dtype in FLOATS, "output_dtype", "float32, bfloat16 or float16", output_dtype)
     check_varlen(B, cu_seqlens, chunk_indices, A.device)
-    DOT = dot_precision(method, A.device, output_dtype)
+    # "auto" goes by A: SGLang's solve_tril is exact to float32, whatever it rounds its result to.
+    DOT = dot_precision(method, A.device, A.dtype)
     if implementation(A.device) == "torch":
         return solve_tril_torch(A, cu_seqlens, output_dtype)
     Ai = torch.empty_like(A, dtype=output_dtype)

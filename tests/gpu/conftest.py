@@ -19,15 +19,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--gpu-report")
-    if path:
-        config.pluginmanager.register(Report(Path(path)), "gpu-report")
+    if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the first
+        config.pluginmanager.register(Report(Path(path), config.args), "gpu-report")
 
 
 class Report:
     """Collects one row a test."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, selected: list[str]) -> None:
         self.path = path
+        self.selected = selected
         self.rows: list[dict[str, Any]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -45,7 +46,7 @@ class Report:
         outcomes = [row["outcome"] for row in self.rows]
         found = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
-            "argv": sys.argv,
+            "argv": ["pytest", *self.selected],
             "commit": commit(),
             "versions": versions(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

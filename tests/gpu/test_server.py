@@ -26,12 +26,13 @@ pytestmark = pytest.mark.gpu
 
 FLAGS = (
     "--linear-attn-prefill-backend", "triton", "--attention-backend", "triton",
-    "--sampling-backend", "pytorch", "--mem-fraction-static", "0.2", "--max-total-tokens",
+    "--sampling-backend", "pytorch", "--mem-fraction-static", "0.4", "--max-total-tokens",
     "131072", "--max-mamba-cache-size", "256", "--cuda-graph-max-bs-decode", "8",
     "--chunked-prefill-size", "2048",
 )  # fmt: skip
 LENGTHS = (1, 64, 100, 1000, 5000)
 LAYERS = 3
+CHECKED = 1000  # warm-up and readiness probes come first, with rows of zeros
 
 
 def prompt(length: int) -> list[int]:
@@ -45,7 +46,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Clie
     model = tmp_path_factory.mktemp("model")
     make.write(model, "conditional")
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")}
-    strict = {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_CHECK": "6"}
+    strict = {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_CHECK": str(CHECKED)}
     arms = {"stock": {}, "ours": strict, "zero_u": {"SGLANG_TRINV_FAULT": "zero_u"}}
     clients = {}
     with ExitStack() as stack:
@@ -94,8 +95,8 @@ def test_hook_is_live_and_called(servers: dict[str, Client], record_property) ->
     assert all(hook["live"] for hook in status["hooks"])
     assert status["fallbacks"] == {}
     assert status["calls"]["fwd_intra"].get("torch", 0) == 0
-    assert status["check"]["done"] == 6
     assert status["check"]["disagreements"] == 0
+    assert max(status["check"]["worst"].values()) > 0
     line = [x for x in ours.log().splitlines() if "GDN intra-chunk inverse replaced" in x]
     assert len(line) == 1
     record_property("status", status)

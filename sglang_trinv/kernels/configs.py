@@ -34,3 +34,6 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
 FWD_INTRA = LaunchConfig(group=1, stages=2)
 # H200, us, T = 8192, 32 heads: 160 registers 52.6, unbounded 56.2, 128 57.5.
 SOLVE_TRIL_MAXNREG = 160
+# Not measured yet; 16 columns at once is the widest that spills no register on sm_80 and sm_90
+# (benchmarks/resources.py): 32 columns spill 128 bytes a thread on sm_90.
+KDA_INTRA = LaunchConfig(group=1, block_k=16, block_d=64, stages=1)

@@ -1,13 +1,13 @@
-"""Kimi Delta Attention intra-chunk step in one kernel: queries, keys and gates to Aqk, w, u and kg.
+"""Kimi Delta Attention intra-chunk step in one kernel: queries, keys and gates to Aqk, w, u, kg.
 
 Each key channel has its own gate, so ``sum_c x_ic k_jc exp2(g_ic - g_jc)`` is a matrix product only
-after the gate is cut at a row r between j and i: exp2(g_i - g_r) goes to the row, exp2(g_r - g_j) to
-the column, and both are at most 1 as gates fall. Here r halves the rows again and again: 32, then 16
-and 48, then 8, 24, ... down to single rows, so every pair i > j is cut exactly once, at the first row
-of the upper half of the smallest aligned block that holds both. At each level a row of the tile is
-either above or below its r; one factor ``exp2(-|g - g_r|)`` serves both, and one scaled tile is both
-operands. Products of rows that another level cuts are finite and dropped. Nothing is clamped and no
-exponent is positive, however steep the gates (docs/numerics.md#kda).
+after the gate is cut at a row r between j and i: exp2(g_i - g_r) goes to the row, exp2(g_r - g_j)
+to the column, and both are at most 1 as gates fall. Here r halves the rows again and again: 32,
+then 16 and 48, then 8, 24, ... down to single rows, so every pair i > j is cut exactly once, at the
+first row of the upper half of the smallest aligned block that holds both. At each level a row of
+the tile is either above or below its r; one factor ``exp2(-|g - g_r|)`` serves both, and one scaled
+tile is both operands. Products of rows that another level cuts are finite and dropped. Nothing is
+clamped and no exponent is positive, however steep the gates (docs/numerics.md#kda).
 """
 
 import triton
@@ -19,7 +19,7 @@ from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, stor
 
 @triton.jit
 def operand(b_x, DOT: tl.constexpr):
-    """x as the products take it: fp16 has 3 bits more than bfloat16, and |k| <= 1 needs no range."""
+    """x as the products take it: fp16 has 3 bits more than bfloat16; |k| <= 1 needs no range."""
     if DOT == "fp16":
         return b_x.to(tl.float16)
     else:
@@ -47,20 +47,22 @@ def decay(b_g, b_r, unit):
 
 @triton.jit
 def load_gates(p_g, s, o_t, o_k, T):
-    """Gates of rows o_t; rows past the end repeat the last row, so that they decay to nothing new."""
+    """Gates of rows o_t; rows past the end repeat the last row, so no exponent rises."""
     return tl.load(p_g + tl.minimum(o_t, T - 1)[:, None] * s + o_k[None, :])
 
 
 @triton.jit
-def load_tile(q, k, p_g, s, o_t, o_k, T, IO: tl.constexpr):
-    b_q = load_rows(q, s, o_t, o_k, T).to(IO)
-    b_k = load_rows(k, s, o_t, o_k, T).to(IO)
-    return b_q, b_k, load_gates(p_g, s, o_t, o_k, T)
+def load_gate_row(p_g, s, t, o_k, T):
+    """Gates of row t, or of the last row if t is past the end."""
+    return tl.load(p_g + tl.minimum(t, T - 1) * s + o_k)[None, :]
 
 
 @triton.jit
 def diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT: tl.constexpr):
-    """Add q k^T on and below, k k^T below the diagonal of a [16, 16] block; what is above is rubbish."""
+    """Add q k^T on and below, k k^T below the diagonal of a [16, 16] block.
+
+    What is added above it is finite and without meaning.
+    """
     o_i = tl.arange(0, 16)
     r, c = o_i[:, None], o_i[None, :]
     b_0 = tl.zeros([16, 16], tl.float32)
@@ -87,26 +89,39 @@ def store_keys(b_k, b_g, b_gl, b_b, p_kb, p_kg, s, o_t, o_k, T, unit):
 
 
 @triton.jit
-def products_32(
-    q, k, p_g, b_b0, b_b1, p_kb, p_kg, s, t0, o_k, T, unit,
-    Q00, Q10, Q11, G00, G10, G11, DOT: tl.constexpr, IO: tl.constexpr,
+def row_block(
+    q, k, p_g, p_b, p_kb, p_kg, s, H, o_t, o_k, T, unit, b_Q, b_G,
+    DOT: tl.constexpr, IO: tl.constexpr,
 ):  # fmt: skip
-    """Add the products of rows t0 .. t0 + 31 and store their kb and kg; also returns the tiles."""
-    o_0, o_1 = t0 + tl.arange(0, 16), t0 + 16 + tl.arange(0, 16)
-    b_gl = tl.load(p_g + tl.minimum(63, T - 1) * s + o_k)[None, :]
-    b_gm = tl.load(p_g + tl.minimum(t0 + 16, T - 1) * s + o_k)[None, :]
-    b_q0, b_k0, b_g0 = load_tile(q, k, p_g, s, o_0, o_k, T, IO)
-    b_q1, b_k1, b_g1 = load_tile(q, k, p_g, s, o_1, o_k, T, IO)
-    store_keys(b_k0, b_g0, b_gl, b_b0, p_kb, p_kg, s, o_0, o_k, T, unit)
-    store_keys(b_k1, b_g1, b_gl, b_b1, p_kb, p_kg, s, o_1, o_k, T, unit)
-    b_q0, b_k0, b_q1, b_k1 = operand(b_q0, DOT), operand(b_k0, DOT), operand(b_q1, DOT), operand(b_k1, DOT)
-    Q00, G00 = diagonal_products(b_q0, b_k0, b_g0, p_g, s, o_0, o_k, T, unit, Q00, G00, DOT)
-    Q11, G11 = diagonal_products(b_q1, b_k1, b_g1, p_g, s, o_1, o_k, T, unit, Q11, G11, DOT)
-    b_kE = b_k0 * operand(decay(b_g0, b_gm, unit), DOT)
-    b_E = operand(decay(b_g1, b_gm, unit), DOT)
-    Q10 = row_products(b_q1 * b_E, b_kE, Q10, DOT)
-    G10 = row_products(b_k1 * b_E, b_kE, G10, DOT)
-    return Q00, Q10, Q11, G00, G10, G11, b_q0, b_k0, b_g0, b_q1, b_k1, b_g1
+    """Load rows o_t, store their kb and kg, add the products of the diagonal block.
+
+    Returns the two sums and the rows' operands q, k and gates.
+    """
+    b_q, b_k = load_rows(q, s, o_t, o_k, T).to(IO), load_rows(k, s, o_t, o_k, T).to(IO)
+    b_g = load_gates(p_g, s, o_t, o_k, T)
+    b_gl = load_gate_row(p_g, s, 63, o_k, T)
+    b_b = load_gate(p_b, H, o_t, T, True)
+    store_keys(b_k, b_g, b_gl, b_b, p_kb, p_kg, s, o_t, o_k, T, unit)
+    b_q, b_k = operand(b_q, DOT), operand(b_k, DOT)
+    b_Q, b_G = diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT)
+    return b_Q, b_G, b_q, b_k, b_g
+
+
+@triton.jit
+def cut(b_q, b_k, b_g, b_r, unit, DOT: tl.constexpr):
+    """q and k decayed from the gates r of an earlier row."""
+    b_E = operand(decay(b_g, b_r, unit), DOT)
+    return b_q * b_E, b_k * b_E
+
+
+@triton.jit
+def left_block(
+    k, p_g, b_r, b_q, b_k, s, o_t, o_k, T, unit, b_Q, b_G, DOT: tl.constexpr, IO: tl.constexpr
+):  # fmt: skip
+    """Add the products of q and k, cut at gates r, and the earlier rows o_t, cut there as well."""
+    b_kj = operand(load_rows(k, s, o_t, o_k, T).to(IO), DOT)
+    b_kj = b_kj * operand(decay(load_gates(p_g, s, o_t, o_k, T), b_r, unit), DOT)
+    return row_products(b_q, b_kj, b_Q, DOT), row_products(b_k, b_kj, b_G, DOT)
 
 
 @triton.jit
@@ -160,12 +175,13 @@ def kda_intra_kernel(
     BDV: tl.constexpr, DOT: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
     VARLEN: tl.constexpr, STORE_A: tl.constexpr, ZERO_UPPER: tl.constexpr,
 ):  # fmt: skip
-    """Aqk = tril(scale q k^T o D), w = Ai (beta exp2(g) k), u = Ai (beta v), kg = exp2(g_last - g) k.
+    """Aqk = scale tril(q k^T o D), w = Ai (beta exp2(g) k), u = Ai (beta v), kg = exp2(g_l - g) k.
 
-    Ai = Akk = (I + strict_tril(beta k k^T o D))^-1, D the decay of each channel within the sums.
-    One program, one warp: a chunk of 64 tokens of one head. Layouts: q, k, w, kg, gk [B, T, H, K],
-    v and u [B, T, H, V], beta [B, T, H], Aqk and Akk [B, T, H, 64]. gk is float32, summed within the
-    chunk; exp2(-unit gk) is the decay. w holds beta exp2(g) k until the inverse is ready.
+    g_l is the gate of the chunk's last token, Ai = Akk = (I + strict_tril(beta k k^T o D))^-1, D the
+    decay of each channel within the sums. One program, one warp: a chunk of 64 tokens of one head.
+    Layouts: q, k, w, kg, gk [B, T, H, K], v and u [B, T, H, V], beta [B, T, H], Aqk and Akk
+    [B, T, H, 64]. gk is float32, summed within the chunk; unit is -1: of log2 to the exponents used.
+    w holds beta exp2(g) k until the inverse is ready.
     IO is the dtype in which loaded tiles are multiplied (float32 under the interpreter only).
     """
     row, T = locate_chunk(cu_seqlens, chunk_indices, T, 64, VARLEN)
@@ -177,59 +193,78 @@ def kda_intra_kernel(
     q, k, gk, w, kg = q + head * K, k + head * K, gk + head * K, w + head * K, kg + head * K
     p_Q, p_b = Aqk + head * 64, beta + head
     o_t = tl.arange(0, 16)
-    b_b0, b_b1 = load_gate(p_b, H, o_t, T, True), load_gate(p_b, H, o_t + 16, T, True)
-    b_b2, b_b3 = load_gate(p_b, H, o_t + 32, T, True), load_gate(p_b, H, o_t + 48, T, True)
     b_0 = tl.zeros([16, 16], tl.float32)
     N1: tl.constexpr = 4 if ZERO_UPPER else 1
     N2: tl.constexpr = 4 if ZERO_UPPER else 2
+    o_1, o_2, o_3 = o_t + 16, o_t + 32, o_t + 48
 
-    Q00, Q10, Q11, G00, G10, G11 = b_0, b_0, b_0, b_0, b_0, b_0
+    # A row of blocks after the other: 9 fewer blocks are alive at once than in one pass over K.
+    Q0, G00 = b_0, b_0
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
-        Q00, Q10, Q11, G00, G10, G11, _, _, _, _, _, _ = products_32(
-            q, k, gk, b_b0, b_b1, w, kg, s, 0, o_k, T, unit,
-            Q00, Q10, Q11, G00, G10, G11, DOT, IO,
+        Q0, G00, _, _, _ = row_block(
+            q, k, gk, p_b, w, kg, s, H, o_t, o_k, T, unit, Q0, G00, DOT, IO
         )  # fmt: skip
-    Q00, Q11 = on_and_below_diagonal(Q00, scale), on_and_below_diagonal(Q11, scale)
-    store_block_row(p_Q, H * 64, o_t, T, N1, Q00, b_0, b_0, b_0)
-    store_block_row(p_Q, H * 64, o_t + 16, T, N2, Q10 * scale, Q11, b_0, b_0)
+    Q0 = on_and_below_diagonal(Q0, scale)
+    store_block_row(p_Q, H * 64, o_t, T, N1, Q0, b_0, b_0, b_0)
 
-    Q20, Q21, Q22, Q30, Q31, Q32, Q33 = b_0, b_0, b_0, b_0, b_0, b_0, b_0
-    G20, G21, G22, G30, G31, G32, G33 = b_0, b_0, b_0, b_0, b_0, b_0, b_0
+    Q0, Q1, G10, G11 = b_0, b_0, b_0, b_0
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
-        Q22, Q32, Q33, G22, G32, G33, b_q2, b_k2, b_g2, b_q3, b_k3, b_g3 = products_32(
-            q, k, gk, b_b2, b_b3, w, kg, s, 32, o_k, T, unit,
-            Q22, Q32, Q33, G22, G32, G33, DOT, IO,
-        )  # fmt: skip
-        b_gm = tl.load(gk + tl.minimum(32, T - 1) * s + o_k)[None, :]
-        b_E2, b_E3 = operand(decay(b_g2, b_gm, unit), DOT), operand(decay(b_g3, b_gm, unit), DOT)
-        b_q2, b_k2, b_q3, b_k3 = b_q2 * b_E2, b_k2 * b_E2, b_q3 * b_E3, b_k3 * b_E3
-        b_k = operand(load_rows(k, s, o_t, o_k, T).to(IO), DOT)
-        b_kE = b_k * operand(decay(load_gates(gk, s, o_t, o_k, T), b_gm, unit), DOT)
-        Q20, G20 = row_products(b_q2, b_kE, Q20, DOT), row_products(b_k2, b_kE, G20, DOT)
-        Q30, G30 = row_products(b_q3, b_kE, Q30, DOT), row_products(b_k3, b_kE, G30, DOT)
-        b_k = operand(load_rows(k, s, o_t + 16, o_k, T).to(IO), DOT)
-        b_kE = b_k * operand(decay(load_gates(gk, s, o_t + 16, o_k, T), b_gm, unit), DOT)
-        Q21, G21 = row_products(b_q2, b_kE, Q21, DOT), row_products(b_k2, b_kE, G21, DOT)
-        Q31, G31 = row_products(b_q3, b_kE, Q31, DOT), row_products(b_k3, b_kE, G31, DOT)
-    Q22, Q33 = on_and_below_diagonal(Q22, scale), on_and_below_diagonal(Q33, scale)
-    store_block_row(p_Q, H * 64, o_t + 32, T, 4, Q20 * scale, Q21 * scale, Q22, b_0)
-    store_block_row(p_Q, H * 64, o_t + 48, T, 4, Q30 * scale, Q31 * scale, Q32 * scale, Q33)
+        Q1, G11, b_q, b_k, b_g = row_block(
+            q, k, gk, p_b, w, kg, s, H, o_1, o_k, T, unit, Q1, G11, DOT, IO
+        )
+        b_r = load_gate_row(gk, s, 16, o_k, T)
+        b_q, b_k = cut(b_q, b_k, b_g, b_r, unit, DOT)
+        Q0, G10 = left_block(k, gk, b_r, b_q, b_k, s, o_t, o_k, T, unit, Q0, G10, DOT, IO)
+    Q1 = on_and_below_diagonal(Q1, scale)
+    store_block_row(p_Q, H * 64, o_1, T, N2, Q0 * scale, Q1, b_0, b_0)
 
+    Q0, Q1, Q2, G20, G21, G22 = b_0, b_0, b_0, b_0, b_0, b_0
+    for i_k in tl.range(0, K, BK, num_stages=1):
+        o_k = i_k + tl.arange(0, BK)
+        Q2, G22, b_q, b_k, b_g = row_block(
+            q, k, gk, p_b, w, kg, s, H, o_2, o_k, T, unit, Q2, G22, DOT, IO
+        )
+        b_r = load_gate_row(gk, s, 32, o_k, T)
+        b_q, b_k = cut(b_q, b_k, b_g, b_r, unit, DOT)
+        Q0, G20 = left_block(k, gk, b_r, b_q, b_k, s, o_t, o_k, T, unit, Q0, G20, DOT, IO)
+        Q1, G21 = left_block(k, gk, b_r, b_q, b_k, s, o_1, o_k, T, unit, Q1, G21, DOT, IO)
+    Q2 = on_and_below_diagonal(Q2, scale)
+    store_block_row(p_Q, H * 64, o_2, T, 4, Q0 * scale, Q1 * scale, Q2, b_0)
+
+    Q0, Q1, Q2, Q3, G30, G31, G32, G33 = b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0
+    for i_k in tl.range(0, K, BK, num_stages=1):
+        o_k = i_k + tl.arange(0, BK)
+        Q3, G33, b_q, b_k, b_g = row_block(
+            q, k, gk, p_b, w, kg, s, H, o_3, o_k, T, unit, Q3, G33, DOT, IO
+        )
+        b_r = load_gate_row(gk, s, 48, o_k, T)
+        b_q3, b_k3 = cut(b_q, b_k, b_g, b_r, unit, DOT)
+        Q2, G32 = left_block(k, gk, b_r, b_q3, b_k3, s, o_2, o_k, T, unit, Q2, G32, DOT, IO)
+        b_r = load_gate_row(gk, s, 32, o_k, T)
+        b_q, b_k = cut(b_q, b_k, b_g, b_r, unit, DOT)
+        Q0, G30 = left_block(k, gk, b_r, b_q, b_k, s, o_t, o_k, T, unit, Q0, G30, DOT, IO)
+        Q1, G31 = left_block(k, gk, b_r, b_q, b_k, s, o_1, o_k, T, unit, Q1, G31, DOT, IO)
+    Q3 = on_and_below_diagonal(Q3, scale)
+    store_block_row(p_Q, H * 64, o_3, T, 4, Q0 * scale, Q1 * scale, Q2 * scale, Q3)
+
+    b_b0, b_b1 = load_gate(p_b, H, o_t, T, True), load_gate(p_b, H, o_1, T, True)
+    b_b2, b_b3 = load_gate(p_b, H, o_2, T, True), load_gate(p_b, H, o_3, T, True)
     E00, E11 = inv_16(below_diagonal(G00, b_b0), DOT), inv_16(below_diagonal(G11, b_b1), DOT)
     E22, E33 = inv_16(below_diagonal(G22, b_b2), DOT), inv_16(below_diagonal(G33, b_b3), DOT)
     b_n1, b_n2, b_n3 = -b_b1[:, None], -b_b2[:, None], -b_b3[:, None]
     X10, X20, X21, X30, X31, X32 = merge_64(
-        E00, E11, E22, E33, G10 * b_n1, G20 * b_n2, G21 * b_n2, G30 * b_n3, G31 * b_n3, G32 * b_n3, DOT
+        E00, E11, E22, E33,
+        G10 * b_n1, G20 * b_n2, G21 * b_n2, G30 * b_n3, G31 * b_n3, G32 * b_n3, DOT,
     )  # fmt: skip
     X00, X11, X22, X33 = add_identity(E00), add_identity(E11), add_identity(E22), add_identity(E33)
     if STORE_A:
         p_A = Akk + head * 64
         store_block_row(p_A, H * 64, o_t, T, 4, X00, b_0, b_0, b_0)
-        store_block_row(p_A, H * 64, o_t + 16, T, 4, X10, X11, b_0, b_0)
-        store_block_row(p_A, H * 64, o_t + 32, T, 4, X20, X21, X22, b_0)
-        store_block_row(p_A, H * 64, o_t + 48, T, 4, X30, X31, X32, X33)
+        store_block_row(p_A, H * 64, o_1, T, 4, X10, X11, b_0, b_0)
+        store_block_row(p_A, H * 64, o_2, T, 4, X20, X21, X22, b_0)
+        store_block_row(p_A, H * 64, o_3, T, 4, X30, X31, X32, X33)
     e = v.dtype.element_ty
     X00, X10, X11 = X00.to(e).to(IO), X10.to(e).to(IO), X11.to(e).to(IO)
     X20, X21, X22 = X20.to(e).to(IO), X21.to(e).to(IO), X22.to(e).to(IO)

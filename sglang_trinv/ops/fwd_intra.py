@@ -121,7 +121,7 @@ def _kind(x: object) -> str:
     return f"shape {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
 
 
-def _tile(size: int, most: int) -> int:
+def tile(size: int, most: int) -> int:
     """The widest power of two up to ``most`` that divides ``size``."""
     return min(most, size & -size)
 
@@ -136,8 +136,8 @@ def _launch(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, DOT):
     config = kkt_solve_config(H // Hg, NT * B, Hg) if v is None else FWD_INTRA
     fwd_intra_kernel[(NT, H // config.group, B)](
         k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, T, H=H, Hg=Hg, K=K, V=V,
-        GROUP=config.group, BK=_tile(K, config.block_k), BDK=_tile(K, config.block_d),
-        BDV=_tile(V, config.block_d), DOT=DOT,
+        GROUP=config.group, BK=tile(K, config.block_k), BDK=tile(K, config.block_d),
+        BDV=tile(V, config.block_d), DOT=DOT,
         IO=tl.float32 if interpreted() else TL_DTYPE[k.dtype], STAGES=config.stages,
         HAS_G=g is not None, VARLEN=cu_seqlens is not None, STORE_A=Ai is not None,
         STORE_WU=v is not None, num_warps=1, num_stages=1,

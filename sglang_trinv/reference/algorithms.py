@@ -10,7 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang_trinv.reference.precision import Precision, matmul, product, working_dtype
+from sglang_trinv.reference.precision import (
+    Precision,
+    matmul,
+    product,
+    round_tf32,
+    working_dtype,
+)
 
 
 def column_sweep(A: Tensor, precision: Precision) -> Tensor:
@@ -72,6 +78,38 @@ def bunch_hopcroft(A: Tensor, precision: Precision, X: Tensor | None = None, blo
         X = X - matmul(X, matmul(coupling, X, precision), precision)
         block *= 2
     return X
+
+
+def bunch_hopcroft_blocks(A: Tensor, precision: Precision, once: bool = True) -> Tensor:
+    """MBH16: MBH as the kernels do it, on N = -A and E = X - I, in blocks of 16.
+
+    Diagonal blocks by doubling, Y = M + M E and E <- E + Y + E Y; the others by block substitution,
+    X_ij = (I + E_ii) (N_ij + N_ij E_jj + .. + N_i,i-1 X_i-1,j). Only corrections are products, so
+    small entries keep float32's relative precision. With ``once`` N is rounded to 11 bits first
+    (fp16 and tf32), so that the result is the inverse of one matrix (docs/numerics.md).
+    6 products on the diagonal blocks and one for each N and E above. Stable as MBH.
+    """
+    N, block = -A, 16
+    if once and precision.name in ("fp16", "tf32", "tf32rz"):
+        N = round_tf32(N)
+    E = torch.where(_couples(N, 1), N, 0.0)
+    for size in (2, 4, 8):
+        M = torch.where(_couples(N, size), N, 0.0)
+        Y = M + matmul(M, E, precision)
+        E = E + Y + matmul(E, Y, precision)
+    m = A.shape[-1] // block
+    N = N.unflatten(-2, (m, block)).unflatten(-1, (m, block)).movedim(-2, -3)
+    E = _diagonal_blocks(E, block)
+    X = _embed(E + torch.eye(block, dtype=A.dtype, device=A.device), A)
+    X = X.unflatten(-2, (m, block)).unflatten(-1, (m, block))
+    for distance in range(1, m):
+        for j in range(m - distance):
+            i = j + distance
+            Y = N[..., i, j, :, :] + matmul(N[..., i, j, :, :], E[..., j, :, :], precision)
+            for k in range(j + 1, i):
+                Y = Y + matmul(N[..., i, k, :, :], X[..., k, :, j, :], precision)
+            X[..., i, :, j, :] = Y + matmul(E[..., i, :, :], Y, precision)
+    return X.flatten(-2).flatten(-3, -2)
 
 
 def mixed_recursion(A: Tensor, precision: Precision, block: int) -> Tensor:

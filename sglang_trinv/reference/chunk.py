@@ -13,6 +13,8 @@ Tokens that belong to no sequence get zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -49,7 +51,7 @@ def naive_chunk_A(
     """
     B, T = k.shape[:2]
     layout = ChunkLayout.of(B, T, cu_seqlens, chunk_size, k.device)
-    return layout.join(_chunk_A(layout, k, g, beta), B, T)
+    return layout.join(chunk_A(layout, k, g, beta), B, T)
 
 
 def naive_solve_tril(A: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -59,7 +61,7 @@ def naive_solve_tril(A: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """
     B, T, _, BT = A.shape
     layout = ChunkLayout.of(B, T, cu_seqlens, BT, A.device)
-    return layout.join(_inverse(layout.split(A)), B, T)
+    return layout.join(inverse(layout.split(A)), B, T)
 
 
 def naive_kkt_solve(
@@ -72,7 +74,7 @@ def naive_kkt_solve(
     """Compute (I + A)^-1 of every chunk, A as in ``naive_chunk_A``; float64 [B, T, H, BT]."""
     B, T = k.shape[:2]
     layout = ChunkLayout.of(B, T, cu_seqlens, chunk_size, k.device)
-    return layout.join(_inverse(_chunk_A(layout, k, g, beta)), B, T)
+    return layout.join(inverse(chunk_A(layout, k, g, beta)), B, T)
 
 
 def naive_fwd_intra(
@@ -89,7 +91,7 @@ def naive_fwd_intra(
     """
     B, T, H = v.shape[:3]
     layout = ChunkLayout.of(B, T, cu_seqlens, chunk_size, k.device)
-    Ai, w, u = _wy(layout, k, v, g, beta, H)
+    Ai, w, u = _wy(layout, k, v, g, beta, H, inverse)
     return layout.join(w, B, T), layout.join(u, B, T), layout.join(Ai, B, T)
 
 
@@ -103,18 +105,20 @@ def naive_chunk_forward(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     chunk_size: int = CHUNK_SIZE,
+    solve: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the whole layer chunk by chunk in float64.
 
     Arguments and results as ``naive_gated_delta_rule`` (g is the log decay of each token, not yet
-    summed); equal to it in exact arithmetic.
+    summed); equal to it in exact arithmetic. ``solve`` takes the place of ``inverse``: from A
+    [NT, H, BT, BT] to (I + A)^-1.
     """
     B, T, H, V = v.shape
     K = k.shape[-1]
     scale = K**-0.5 if scale is None else scale
     layout = ChunkLayout.of(B, T, cu_seqlens, chunk_size, k.device)
     gc = torch.zeros_like(beta) if g is None else chunk_local_cumsum(g, cu_seqlens, chunk_size)
-    _, w, u = _wy(layout, k, v, gc, beta, H)
+    _, w, u = _wy(layout, k, v, gc, beta, H, solve or inverse)
     q, k = (expand_heads(layout.split(x), H, 1) for x in (q, k))
     g_sum = layout.split(g).sum(-1) if g is not None else q.new_zeros(q.shape[:2])
     gc = layout.split(gc)
@@ -136,9 +140,9 @@ def naive_chunk_forward(
     return layout.join(o, B, T), state
 
 
-def _wy(layout, k, v, g, beta, H):
+def _wy(layout, k, v, g, beta, H, solve):
     """Ai, w, u of every chunk, each [NT, H, BT, ...]."""
-    Ai = _inverse(_chunk_A(layout, k, g, beta))
+    Ai = solve(chunk_A(layout, k, g, beta)).double()
     b_beta = layout.split(beta) if beta is not None else layout.exists[:, None].double()
     kb = expand_heads(layout.split(k), H, 1) * b_beta[..., None]
     if g is not None:
@@ -146,7 +150,7 @@ def _wy(layout, k, v, g, beta, H):
     return Ai, Ai @ kb, Ai @ (layout.split(v) * b_beta[..., None])
 
 
-def _chunk_A(layout, k, g, beta):
+def chunk_A(layout, k, g, beta):
     """A of every chunk, [NT, H, BT, BT]."""
     b_k = layout.split(k)
     A = (b_k @ b_k.mT).tril(-1)
@@ -165,7 +169,7 @@ def _decay(layout, g):
     return torch.where(wanted, g[..., :, None] - g[..., None, :], -torch.inf).exp()
 
 
-def _inverse(A: Tensor) -> Tensor:
+def inverse(A: Tensor) -> Tensor:
     """(I + A)^-1 by forward substitution; reads only below the diagonal of A ([..., n, n])."""
     n = A.shape[-1]
     eye = torch.eye(n, dtype=A.dtype, device=A.device)

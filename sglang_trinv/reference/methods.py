@@ -107,6 +107,13 @@ METHODS: dict[str, Method] = {
             depth=lambda n: 2 * _log2(n) - 2,
             stable=True,
         ),
+        Method(
+            "MBH16",
+            algorithms.bunch_hopcroft_blocks,
+            matmuls=lambda n: 6 + _block_row_matmuls(n),
+            depth=lambda n: 6 + 2 * (n // 16 - 1),
+            stable=True,
+        ),
         *(_mxr(block) for block in (16, 8, 4)),
         *(_newton_schulz(rounds) for rounds in (3, 4, 5, 6, 7)),
         Method(

@@ -115,6 +115,6 @@ def test_never_while_a_cuda_graph_is_captured(
     class OnTheGpu:
         is_cuda = True
 
-    check.first_calls((OnTheGpu(),), (), stock, 1)
+    check.first_calls("fwd_intra", (OnTheGpu(),), (), stock, 1)
     assert (process.check["done"], process.check["skipped"]) == (0, 1)
     assert stock.calls == 0

@@ -12,7 +12,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from sglang_trinv import __version__, cli
+from sglang_trinv import __version__, cli, runs
 from sglang_trinv.serve import config as serve_config
 from sglang_trinv.serve import doctor
 
@@ -165,7 +165,7 @@ def test_doctor_sees_a_changed_target(monkeypatch):
 def test_status(tmp_path):
     assert "no run in" in refused("status")
     assert "no folder" in refused("status", "--run-dir", "/nowhere")
-    run = serve_config.new_run_dir()
+    run = runs.new_run_dir()
     assert "no process has written" in refused("status")
     write_status(run, os.getpid())
     result = runner.invoke(cli.app, ["status"])
@@ -176,7 +176,7 @@ def test_status(tmp_path):
 
 
 def test_status_of_a_dead_server(tmp_path):
-    write_status(serve_config.new_run_dir(), 2**22 + 1)
+    write_status(runs.new_run_dir(), 2**22 + 1)
     result = runner.invoke(cli.app, ["status"])
     assert result.exit_code == 1
     assert "(gone)" in result.stdout

@@ -65,7 +65,11 @@ def test_reads_the_process_and_nothing_else(clean_env: pytest.MonkeyPatch) -> No
         (f"{V}_CHECK", "1.5", "want a whole number, 0 or more"),
         (f"{V}_CHECK", "", "want a whole number, 0 or more"),
         (f"{V}_RUN_DIR", "", "want the path of a folder"),
-        (f"{V}_FAULT", "all", "want zero_u, raise_at_install or nothing (for tests only)"),
+        (
+            f"{V}_FAULT",
+            "all",
+            f"want nothing, or for tests one of {', '.join(config.FAULTS[1:])}",
+        ),
     ],
 )
 def test_bad_value(name: str, value: str, wanted: str) -> None:

@@ -40,7 +40,7 @@ def _other_importer(server: dict[str, ModuleType]) -> None:
     [
         (
             _other_release,
-            "SGLang 0.6.0 is not in the table of sglang_trinv; supported are 0.5.11 to 0.5.23",
+            "SGLang 0.6.0 is not in the table of sglang_trinv; supported are 0.5.9 to 0.5.23",
         ),
         (_other_signature, "got (k, v, g, beta)"),
         (_other_importer, "chunk does not use"),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import socket
 
 import pytest
@@ -98,30 +96,3 @@ def test_no_gpu_and_no_cpu_platform(monkeypatch):
     monkeypatch.setattr(serve_config, "platforms", set)
     with pytest.raises(ServeError, match="sglang-trinv-cpu-platform is not installed"):
         serve_config.check(ServeConfig(device="cpu"), {})
-
-
-def test_runs_are_newest_first_and_few(tmp_path):
-    for i in range(serve_config.KEPT_RUNS + 5):
-        (tmp_path / f"2026010{i // 10}-00000{i % 10}-1").mkdir()
-    made = serve_config.new_run_dir(tmp_path)
-    found = serve_config.runs(tmp_path)
-    assert found[0] == made
-    assert len(found) == serve_config.KEPT_RUNS
-    assert serve_config.new_run_dir(tmp_path) != made
-
-
-def test_latest_run_prefers_a_living_one(tmp_path):
-    with pytest.raises(ServeError, match="no run in"):
-        serve_config.latest_run(tmp_path)
-    for name, pid in (("1", os.getpid()), ("2", 2**22 + 1)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.json").write_text(json.dumps({"schema": 1, "pid": pid}))
-    assert serve_config.latest_run(tmp_path).name == "1"
-    (tmp_path / "1" / "x.json").unlink()
-    assert serve_config.latest_run(tmp_path).name == "2"
-
-
-def test_runs_root_follows_the_session(tmp_path):
-    name = f"sglang-trinv-{os.getuid()}"
-    assert serve_config.runs_root({"XDG_RUNTIME_DIR": str(tmp_path)}) == tmp_path / name
-    assert serve_config.runs_root({"XDG_RUNTIME_DIR": "/nowhere"}).name == name

@@ -21,12 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sglang_trinv.kernels import fwd_intra, solve_tril
-from sglang_trinv.kernels.configs import FWD_INTRA, SOLVE_TRIL_MAXNREG
+from sglang_trinv.kernels import fwd_intra, kda_intra, solve_tril
+from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, SOLVE_TRIL_MAXNREG
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
-HALF = ("k", "v", "w", "u", "Ai")
-FLOAT = ("A", "g", "beta")
+HALF = ("q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk")
+FLOAT = ("A", "g", "gk", "beta")
+SCALAR = ("scale", "unit")
 INDEX = ("cu_seqlens", "chunk_indices")
 SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128, "BK": 128, "BDK": 64, "BDV": 64}
 FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
@@ -40,6 +41,15 @@ def _step(stores: str, method: str, group: int) -> tuple[str, str, dict, dict]:
     return "fwd_intra", "fwd_intra_kernel", constants, {}
 
 
+def _kda(fuse: bool, method: str) -> tuple[str, str, dict, dict]:
+    constants = {
+        "H": 32, "K": 128, "V": 128, "BK": KDA_INTRA.block_k, "BDK": KDA_INTRA.block_d,
+        "BDV": KDA_INTRA.block_d, "DOT": method, "IO": tl.bfloat16, "STAGES": KDA_INTRA.stages,
+        "VARLEN": True, "STORE_A": not fuse, "ZERO_UPPER": fuse,
+    }  # fmt: skip
+    return "kda_intra", "kda_intra_kernel", constants, {}
+
+
 def _tril(n: int, method: str) -> tuple[str, str, dict, dict]:
     constants = {"H": 32, "BT": n, "DOT": method, "VARLEN": True}
     return "solve_tril", "solve_tril_kernel", constants, {"maxnreg": SOLVE_TRIL_MAXNREG}
@@ -50,12 +60,15 @@ KERNELS = {
     "kkt_solve bf16x3": _step("A", "bf16x3", 2),
     "fwd_intra fp16": _step("wu", "fp16", 1),
     "fwd_intra bf16x3": _step("wu", "bf16x3", 1),
+    "kda_intra fused fp16": _kda(True, "fp16"),
+    "kda_intra unfused fp16": _kda(False, "fp16"),
+    "kda_intra fused bf16x3": _kda(True, "bf16x3"),
     "solve_tril 64 fp16": _tril(64, "fp16"),
     "solve_tril 64 bf16x3": _tril(64, "bf16x3"),
     "solve_tril 32 fp16": _tril(32, "fp16"),
     "solve_tril 16 fp16": _tril(16, "fp16"),
 }
-MODULES = {"fwd_intra": fwd_intra, "solve_tril": solve_tril}
+MODULES = {"fwd_intra": fwd_intra, "kda_intra": kda_intra, "solve_tril": solve_tril}
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,8 @@ def _type(name: str, constants: dict[str, Any]) -> str:
         return "constexpr"
     if name in INDEX:
         return "*i32"
+    if name in SCALAR:
+        return "fp32"
     return "*bf16" if name in HALF else "*fp32" if name in FLOAT else "i32"
 
 

@@ -1,0 +1,191 @@
+"""`python -m benchmarks prefill`: the whole GDN prefill layer as SGLang calls it, on one GPU.
+
+Ours, SGLang's Triton chain and FlashInfer through the steps of SGLang's own adapter, in turns in
+one process; q and k unnormalised, the state pool in place, lengths that nobody has seen before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.provenance import provenance
+from sglang_trinv.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
+from sglang_trinv.reference.recurrence import naive_gated_delta_rule
+
+D = 128  # width of keys and values
+FLA = "sglang.kernels.ops.attention.fla"
+# lengths, key heads, value heads, goal in us (wall)
+CASES = (
+    ((2048,), 16, 32, 110),
+    ((8192,), 16, 32, 200),
+    ((32768,), 16, 32, 690),
+    ((8192,), 16, 64, 330),
+    ((32768,), 16, 16, 440),
+    ((8192,), 2, 4, 120),
+    ((32768,), 2, 4, 190),
+    ((131072,), 4, 8, 800),
+    ((2048,) * 16, 16, 32, 450),
+    ((512,) * 16, 16, 32, 170),
+    ((128,) * 64, 16, 32, 220),
+    ((24576, 8192), 16, 64, 1000),
+    ((1024,) * 8, 16, 64, 255),
+    ((8192,), 16, 48, 300),
+    ((8192,), 4, 8, 130),
+)
+ALLOWED = 1.1  # times the error of SGLang's Triton chain
+HARD = ("random", "near-equal keys", "equal keys")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of one prefill."""
+
+    q: torch.Tensor  # bfloat16 [1, T, hk, D]
+    k: torch.Tensor
+    v: torch.Tensor  # bfloat16 [1, T, hv, D]
+    g: torch.Tensor  # float32 [1, T, hv], not summed
+    beta: torch.Tensor
+    pool: torch.Tensor  # float32 [N, hv, D, D]
+    indices: torch.Tensor  # int32 [N]
+    cu_seqlens: torch.Tensor  # int32 [N + 1]
+
+
+Layer = Callable[[Call], torch.Tensor]
+
+
+def build(lengths: tuple[int, ...], hk: int, hv: int, keys: str = "random") -> Call:
+    """Draw a call; ``keys`` is one of ``HARD``."""
+    gen = torch.Generator("cuda").manual_seed(0)
+    T, N = sum(lengths), len(lengths)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(1, T, *shape, generator=gen, device="cuda")
+
+    k = random(hk, D)
+    beta = random(hv).sigmoid()
+    g = -torch.nn.functional.softplus(random(hv) - 3)
+    if keys != "random":
+        k = k[:, :1] + (0.02 if keys == "near-equal keys" else 0.0) * k
+        beta, g = torch.full_like(beta, 0.995), 1e-3 * g
+    k = k * (0.5 + random(hk, 1).abs())  # lengths that the layer has to normalise
+    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    return Call(
+        random(hk, D).bfloat16(), k.bfloat16(), random(hv, D).bfloat16(), g, beta,
+        torch.zeros(N, hv, D, D, device="cuda"), torch.arange(N, device="cuda").int(), ends.int(),
+    )  # fmt: skip
+
+
+def ours(x: Call) -> torch.Tensor:
+    return chunk_gated_delta_rule(
+        x.q, x.k, x.v, x.g, x.beta, initial_state=x.pool, initial_state_indices=x.indices,
+        cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, return_h=False,
+    )[0]  # fmt: skip
+
+
+def sglang_triton(x: Call) -> torch.Tensor:
+    layer = importlib.import_module(f"{FLA}.chunk").chunk_gated_delta_rule
+    return layer(
+        q=x.q, k=x.k, v=x.v, g=x.g, beta=x.beta, initial_state=x.pool,
+        initial_state_indices=x.indices, cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True,
+    )[0]  # fmt: skip
+
+
+def flashinfer(x: Call) -> torch.Tensor:
+    """The steps of FlashInferGDNKernel.extend of SGLang 0.5.23 on SM90."""
+    prepare = importlib.import_module(f"{FLA}.l2norm").gdn_prefill_qkv_prepare_fwd
+    prefill = importlib.import_module("flashinfer.gdn_prefill").chunk_gated_delta_rule
+    q, k, v = prepare(x.q[0], x.k[0], x.v[0])
+    index = torch.where(x.indices >= 0, x.indices, x.pool.shape[0] - 1).to(torch.int64)
+    state = x.pool[index].to(torch.float32)
+    o, final = prefill(
+        q=q, k=k, v=v, g=torch.exp(x.g[0]), beta=x.beta[0], scale=None, initial_state=state,
+        output_final_state=True, cu_seqlens=x.cu_seqlens.to(torch.int64),
+        use_qk_l2norm_in_kernel=False, output_state=torch.empty_like(state),
+    )  # fmt: skip
+    x.pool.index_copy_(0, index, final)
+    return o[None]
+
+
+def main(out: Path, sglang: str | None, release: str | None, with_flashinfer: bool, rounds: int):
+    """Measure every case, print a line each and write ``out``; returns the exit code."""
+    layers: dict[str, Layer] = {"ours": ours}
+    if sglang:
+        sys.path.insert(0, sglang)
+        layers["sglang triton"] = sglang_triton
+    if with_flashinfer:
+        layers["flashinfer"] = flashinfer
+    errors = {keys: accuracy(keys, layers) for keys in HARD}
+    for keys, found in errors.items():
+        print(f"{keys:16}", found, flush=True)
+    rows = [measure(*case, layers, rounds) for case in CASES]
+    ratios = {
+        name: [row["wall"][name]["median_us"] / row["wall"]["ours"]["median_us"] for row in rows]
+        for name in layers
+        if name != "ours"
+    }
+    means = {n: round(math.exp(sum(map(math.log, r)) / len(r)), 3) for n, r in ratios.items()}
+    print("geometric mean of the speed-up over", means)
+    found = {
+        "provenance": {**provenance(sglang, release), "rounds": rounds},
+        "errors": errors, "rows": rows, "geometric_mean_speedup": means,
+        "copy_bytes_per_s": round(timing.copy_bandwidth()),
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    stock = {keys: e.get("sglang triton") for keys, e in errors.items()}
+    return int(
+        any(s and errors[k]["ours"][i] > 1.1 * s[i] for k, s in stock.items() for i in (0, 1))
+    )
+
+
+def accuracy(keys: str, layers: dict[str, Layer]) -> dict[str, list[float]]:
+    """Relative Frobenius error of (output, final state) of each layer, 512 tokens."""
+    found = {}
+    for name, layer in layers.items():
+        x = build((300, 212), 2, 4, keys)
+        o, state = naive_gated_delta_rule(
+            x.q, x.k, x.v, x.g, x.beta, cu_seqlens=x.cu_seqlens, use_qk_l2norm=True
+        )
+        got = (layer(x), x.pool)
+        found[name] = [_error(a, b) for a, b in zip(got, (o, state), strict=True)]
+    return found
+
+
+def measure(
+    lengths: tuple[int, ...], hk: int, hv: int, goal: int, layers: dict[str, Layer], rounds: int
+) -> dict[str, Any]:
+    x = build(lengths, hk, hv)
+    times = timing.measure({n: partial(_fresh, layer, x) for n, layer in layers.items()}, rounds)
+    row = {
+        "lengths": lengths, "hk": hk, "hv": hv, "at_most_us": goal,
+        "device": {n: t["device"] for n, t in times.items()},
+        "wall": {n: t["wall"] for n, t in times.items()},
+        "peak_bytes": {n: timing.peak_bytes(partial(f, x)) for n, f in layers.items()},
+        "least_bytes": 4 * sum(lengths) * (hk + hv) * D,
+    }  # fmt: skip
+    title = f"{len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else str(list(lengths))
+    shown = {n: (row["device"][n]["median_us"], row["wall"][n]["median_us"]) for n in layers}
+    print(f"{title:16} {hk}/{hv} (device, wall) us: {shown}, goal {goal}", flush=True)
+    return row
+
+
+def _fresh(layer: Layer, x: Call) -> Callable[[], torch.Tensor]:
+    """The call with metadata that no cache has seen, and a state that does not grow."""
+    x.pool.zero_()
+    return partial(layer, Call(**{**vars(x), "cu_seqlens": x.cu_seqlens.clone()}))
+
+
+def _error(x: torch.Tensor, ref: torch.Tensor) -> float:
+    norm = torch.linalg.vector_norm(x.double() - ref) / torch.linalg.vector_norm(ref)
+    return float(f"{norm.item():.4g}")

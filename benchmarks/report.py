@@ -1,0 +1,158 @@
+"""Tables and the roofline plot out of the JSON of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import Case
+
+Row = dict[str, Any]
+IMPLEMENTATIONS = ("ours", "sglang", "fla", "flashinfer")
+NOTE = """\
+Medians in microseconds, 20th and 80th percentile in brackets. Device: between two events around the
+call on a stream with a cold L2 and a head start for the host. Wall: from the call to the end of its
+kernels. "own metadata": the call gets lengths that it has not seen before and prepares what it
+needs; "given": chunk_indices is handed in. Error: the worst relative Frobenius error of a result
+against float64. Memory: most held at once beyond the inputs, results included. Floor: least bytes
+at the bandwidth of a copy measured in the same run."""
+
+
+def title(row: Row) -> str:
+    case = Case(row["op"], tuple(row["lengths"]), row["hk"], row["hv"])
+    metadata = {"none": "", "inside": ", own metadata", "given": ", given"}[row["metadata"]]
+    return case.title + metadata
+
+
+def line(row: Row) -> str:
+    """One row for the terminal."""
+    name = " ".join(filter(None, (row["impl"], row["variant"])))
+    return (
+        f"{row['op']:20} {title(row):32} {name:16} {_time(row):>24} us, wall "
+        f"{row['wall']['median_us']:8.1f} us, error {row['rel_err']:.2e}"
+        + ("  TOO INACCURATE" if row["accurate"] is False else "")
+    )
+
+
+def table(found: dict[str, Any]) -> str:
+    """A Markdown table of every case: implementations side by side."""
+    bandwidth = found["provenance"]["copy_bytes_per_s"]
+    lines = [
+        "| op | lengths, heads | implementation | device, us | wall, us | error | memory, MiB "
+        "| speed-up over SGLang | floor, us | goal, us |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        name = " ".join(filter(None, (row["impl"], row["variant"])))
+        goal = row["at_most_us"] if row["impl"] == "ours" else None
+        stock = _stock(found["rows"], row)
+        speed = f"{stock['median_us'] / row['median_us']:.2f}" if stock else ""
+        cells = (
+            row["op"], title(row), name, _time(row), f"{row['wall']['median_us']:.0f}",
+            f"{row['rel_err']:.1e}", f"{row['peak_bytes'] / 2**20:.0f}", speed,
+            f"{row['least_bytes'] / bandwidth * 1e6:.0f}",
+            "" if goal is None else f"{goal:.0f}{'' if row['median_us'] <= goal else ' (missed)'}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _time(row: Row) -> str:
+    return f"{row['median_us']:.1f} [{row['p20_us']:.1f}, {row['p80_us']:.1f}]"
+
+
+def _stock(rows: list[Row], row: Row) -> Row | None:
+    """SGLang's row of the same case; fla has no variants and is held against SGLang's unfused."""
+    same = ("op", "lengths", "hk", "hv", "metadata")
+    variant = row["variant"] or ("unfused" if row["impl"] == "fla" else "")
+    for other in rows:
+        alike = other["impl"] == "sglang" and all(other[n] == row[n] for n in same)
+        if alike and other["variant"] in (variant, ""):
+            return other
+    return None
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Write the roofline: each implementation's cases under the bandwidth of a copy."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} not drawn: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    bandwidth = found["provenance"]["copy_bytes_per_s"]
+    intensity = [row["flops"] / row["least_bytes"] for row in found["rows"]]
+    ends = [min(intensity) / 1.5, max(intensity) * 1.5]
+    axes.plot(ends, [x * bandwidth / 1e12 for x in ends], "k-", label="copy bandwidth")
+    for impl, marker in zip(IMPLEMENTATIONS, "os^d", strict=True):
+        rows = [row for row in found["rows"] if row["impl"] == impl]
+        if rows:
+            axes.plot(
+                [row["flops"] / row["least_bytes"] for row in rows],
+                [row["flops"] / row["median_us"] / 1e6 for row in rows],
+                marker, label=impl, alpha=0.7,
+            )  # fmt: skip
+    for op in dict.fromkeys(row["op"] for row in found["rows"]):
+        x = min(row["flops"] / row["least_bytes"] for row in found["rows"] if row["op"] == op)
+        axes.annotate(op, (x, x * bandwidth / 1e12), rotation=30, ha="left", va="bottom")
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations per byte that must move",
+        ylabel="TFLOP/s", title=f"Intra-chunk ops, {found['provenance']['gpu']}",
+    )  # fmt: skip
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"{path} drawn")
+
+
+def performance(results: Path) -> str:
+    """Text of docs/performance.md from the committed results."""
+    parts = [
+        "# Performance",
+        "",
+        "Generated by `python -m benchmarks tables`; not to be edited.",
+        "",
+    ]
+    for path in sorted(results.glob("intra-*.json")):
+        found = json.loads(path.read_text())
+        parts += [f"## Intra-chunk ops: {found['provenance']['gpu']}", "", _origin(path, found)]
+        parts += ["", NOTE, "", table(found), "", f"![Roofline](../{_shown(path)}.png)", ""]
+    path = results / "resources.json"
+    if path.is_file():
+        parts += [
+            "## Registers, spills, shared memory",
+            "",
+            resources(json.loads(path.read_text())),
+        ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _shown(path: Path) -> str:
+    return path.with_suffix("").relative_to(path.parents[2]).as_posix()
+
+
+def _origin(path: Path, found: dict[str, Any]) -> str:
+    origin = found["provenance"]
+    versions = ", ".join(f"{n} {v}" for n, v in origin["versions"].items() if v)
+    return (
+        f"From `{_shown(path)}.json`: {origin['when']}, commit {origin['commit']}, driver "
+        f"{origin['driver']}, {versions}; {origin['rounds']} rounds; a copy moves "
+        f"{origin['copy_bytes_per_s'] / 1e12:.2f} TB/s."
+    )
+
+
+def resources(found: dict[str, Any]) -> str:
+    """Markdown table of `python -m benchmarks resources`."""
+    lines = [
+        f"Triton {found['triton']}, ahead of time; one warp a program. Spilled: bytes of stack a "
+        "thread. AMD's numbers are not in its compiler's metadata.",
+        "",
+        "| kernel | architecture | registers | spilled, bytes | shared, bytes | compile, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        cells = [row[n] for n in ("kernel", "arch", "registers", "stack_bytes", "shared_bytes")]
+        shown = ["" if cell is None else str(cell) for cell in (*cells, row["compile_s"])]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)

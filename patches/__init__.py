@@ -1,1 +1,1 @@
-"""Patches for SGLang releases without a plugin system. There is none to apply yet."""
+"""Patches for SGLang releases without a plugin system, and what applies them."""

@@ -15,8 +15,10 @@ _PUBLIC = {
     "Config": "sglang_trinv.config",
     "TrinvError": "sglang_trinv.errors",
     "UnsupportedCall": "sglang_trinv.errors",
+    "chunk_kda_fwd_intra": "sglang_trinv.ops",
     "fwd_intra": "sglang_trinv.ops",
     "kkt_solve": "sglang_trinv.ops",
+    "patched": "sglang_trinv.patching",
     "solve_tril": "sglang_trinv.ops",
 }
 

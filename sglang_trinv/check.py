@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sglang_trinv import status
-from sglang_trinv.reference.chunk import naive_fwd_intra
+from sglang_trinv.reference.chunk import naive_fwd_intra, naive_solve_tril
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ SLACK = 1.2  # times the larger of stock's error and the rounding of the truth t
 
 @dataclass(frozen=True)
 class Comparison:
-    """Relative Frobenius distances of one result, ``w`` or ``u``, of one call."""
+    """Relative Frobenius distances of one result (``w``, ``u`` or ``Ai``) of one call."""
 
     name: str
     to_stock: float
@@ -64,9 +64,9 @@ class _Distance:
 
 
 def first_calls(
-    call: tuple[Any, ...], result: tuple[Any, ...], stock: Callable[..., Any], wanted: int
+    op: str, call: tuple[Any, ...], result: Any, stock: Callable[..., Any], wanted: int
 ) -> None:
-    """Check this call if fewer than ``wanted`` were checked; never fails the call."""
+    """Check this call of ``op`` if fewer than ``wanted`` were checked; never fails the call."""
     process = status.current()
     if process.check["done"] >= wanted:
         return
@@ -74,7 +74,7 @@ def first_calls(
         process.record_check(_skip)
         return
     try:
-        comparisons = compare(call, result, stock(*call))
+        comparisons = COMPARE[op](call, result, stock(*call))
     except Exception as error:
         logger.warning("sglang_trinv: check skipped: %s: %s", type(error).__name__, error)
         process.record_check(_skip)
@@ -122,7 +122,30 @@ def compare(
     return w, u
 
 
+@torch.no_grad()
+def compare_solve_tril(
+    call: tuple[Any, ...], ours: torch.Tensor, stock: torch.Tensor
+) -> tuple[Comparison]:
+    """Distances of the inverses ``ours`` and ``stock`` to the float64 one of ``call``."""
+    A, cu_seqlens, _ = call
+    rows = slice(0, A.shape[1] if cu_seqlens is None else int(cu_seqlens[-1]))
+    totals = {kind: _Distance() for kind in ("to_stock", *_KINDS)}
+    for i_h in range(A.shape[2]):
+        head = slice(i_h, i_h + 1)
+        truth = naive_solve_tril(A[:, rows, head], cu_seqlens)
+        b_ours, b_stock = ours[:, rows, head], stock[:, rows, head]
+        totals["to_stock"].add(b_ours, b_stock)
+        totals["ours"].add(b_ours, truth)
+        totals["stock"].add(b_stock, truth)
+        totals["rounding"].add(truth.to(b_ours.dtype), truth)
+    return (Comparison("Ai", *(totals[kind].value() for kind in ("to_stock", *_KINDS))),)
+
+
 _KINDS = ("ours", "stock", "rounding")
+COMPARE: dict[str, Callable[..., tuple[Comparison, ...]]] = {
+    "fwd_intra": compare,
+    "solve_tril": compare_solve_tril,
+}
 
 
 def record(totals: dict[str, Any], comparisons: tuple[Comparison, ...]) -> None:
@@ -141,7 +164,7 @@ def record(totals: dict[str, Any], comparisons: tuple[Comparison, ...]) -> None:
 
 def _raise_to(worst: dict[str, float], name: str, value: float) -> None:
     if math.isfinite(value):
-        worst[name] = max(worst[name], value)
+        worst[name] = max(worst.get(name, 0.0), value)
 
 
 def _skip(totals: dict[str, Any]) -> None:

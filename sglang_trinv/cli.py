@@ -1,4 +1,4 @@
-"""The command line ``sglang-trinv``: serve, doctor, status."""
+"""The command line ``sglang-trinv``: serve, doctor, status; more in maintenance.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from sglang_trinv import __version__
+from sglang_trinv import __version__, maintenance, runs
 from sglang_trinv.errors import TrinvError
+from sglang_trinv.evals import cli as evals_cli
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -45,6 +46,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.command()(maintenance.patch)
+app.command()(maintenance.compat)
 
 
 def _version(value: bool) -> None:
@@ -91,7 +96,7 @@ def serve(
     serve_config.check(config, os.environ)
     serving = False
     try:
-        with stop_on_signals(), Server(config, serve_config.new_run_dir()) as server:
+        with stop_on_signals(), Server(config, runs.new_run_dir()) as server:
             start(server, err)
             _announce(server.verify(), config.url)
             serving = True
@@ -121,12 +126,15 @@ def _announce(verdict: Any, url: str) -> None:
 
 @app.command()
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a bug report.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Also run the kernels on hard inputs against float64.")
+    ] = False,
 ) -> None:
     """Check this installation. The exit code is 1 if something is wrong."""
     from sglang_trinv.serve import doctor as examination
 
-    checks = examination.examine()
+    checks = examination.examine(gpu)
     report = examination.report(checks)
     if as_json:
         typer.echo(json.dumps(report, indent=1))
@@ -147,23 +155,42 @@ def status(
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run. Default: the newest.")
     ] = None,
+    url: Annotated[str, typer.Option(help="Ask this server, also on another host.")] = "",
+    api_key: Annotated[
+        str, typer.Option(envvar="OPENAI_API_KEY", help="The key of the server at --url.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what each process of a server does: state, hooks, calls. Exit code 1 if none lives."""
-    from sglang_trinv.serve import config as serve_config
-    from sglang_trinv.serve import report
+    from sglang_trinv.serve import remote, report
+
+    if url and run_dir:
+        raise TrinvError("status: want --url or --run-dir, got both")
+    found: Any
+    if url:
+        found = remote.status(url, api_key)
+        processes = found["processes"]
+    else:
+        processes = found = _of_this_host(run_dir)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        for line in report.processes(processes):
+            out.print(line, markup=False)
+    raise typer.Exit(0 if any(process["alive"] for process in processes) else 1)
+
+
+def _of_this_host(run_dir: Path | None) -> list[dict[str, Any]]:
     from sglang_trinv.status import read_run_dir
 
-    path = run_dir or serve_config.latest_run()
+    path = run_dir or runs.latest_run()
     if not path.is_dir():
         raise TrinvError(f"--run-dir: no folder {path}")
     found = read_run_dir(path)
     if not found:
         raise TrinvError(f"no process has written its status into {path}")
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-    else:
-        out.print(f"Run {path}", markup=False)
-        for line in report.processes(found):
-            out.print(line, markup=False)
-    raise typer.Exit(0 if any(process["alive"] for process in found) else 1)
+    err.print(f"Run {path}", markup=False)
+    return found
+
+
+evals_cli.add_to(app)

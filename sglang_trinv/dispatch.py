@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from sglang_trinv import check, ops, status
+from sglang_trinv import check, inject, ops, status
 from sglang_trinv.config import LEAST_CAPABILITY, Config
 from sglang_trinv.errors import UnsupportedCall
+from sglang_trinv.reference import faults
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +81,72 @@ def fwd_intra(
     choice = _choose(call)
     if choice.impl == "stock":
         return _fall_back(choice.reason, call, stock, config)
+
+    def run() -> Any:
+        if config.fault in faults.INVERSES:
+            result = faults.fwd_intra(config.fault, *call)
+        else:
+            result = ops.fwd_intra(*call, method=config.method, return_A=return_A)
+        inject.after_call(config.fault, result[1])
+        return result
+
+    return answer("fwd_intra", run, k.device, call, stock, config)
+
+
+def solve_tril(
+    call: tuple[Any, ...],
+    *,
+    stock: Callable[..., Any],
+    config: Config,
+    chunk_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Answer one call of ``solve_tril``; the op itself refuses what it cannot invert.
+
+    Args:
+        call: (A, cu_seqlens, output_dtype).
+        stock: the function replaced.
+        chunk_indices: (sequence, chunk in it) of A's chunks, where the caller has them.
+    Raises:
+        UnsupportedCall: in strict mode, in place of a call that stock would answer.
+    """
+    A = call[0]
+    capability = _capability(A.device.index) if A.is_cuda else LEAST_CAPABILITY
+    if capability < LEAST_CAPABILITY:
+        reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
+        return _fall_back(reason, call, stock, config)
+
+    def run() -> Any:
+        if config.fault in faults.INVERSES:
+            raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
+        Ai = ops.solve_tril(*call, chunk_indices=chunk_indices, method=config.method)
+        inject.after_call(config.fault, Ai)  # u = Ai (beta v) is what the faults are named after
+        return Ai
+
+    return answer("solve_tril", run, A.device, call, stock, config)
+
+
+def answer(
+    op: str,
+    run: Callable[[], Any],
+    device: torch.device,
+    call: tuple[Any, ...],
+    stock: Callable[..., Any],
+    config: Config,
+) -> Any:
+    """``run()``, counted and checked; stock's answer, counted as well, where it cannot."""
     try:
-        result = ops.fwd_intra(*call, method=config.method, return_A=return_A)
-        implementation = ops.implementation(k.device)
+        inject.before_call(config.fault)
+        result = run()
+        implementation = ops.implementation(device)
     except UnsupportedCall as error:
         return _fall_back(str(error), call, stock, config)
     except Exception as error:
         if config.strict:
             raise
         return _fall_back(f"{type(error).__name__}: {error}", call, stock, config)
-    if config.fault == "zero_u":
-        result[1].zero_()
-    status.current().count_call("fwd_intra", implementation)
+    status.current().count_call(op, implementation)
     if config.check:
-        check.first_calls(call, result, stock, config.check)
+        check.first_calls(op, call, result, stock, config.check)
     return result
 
 

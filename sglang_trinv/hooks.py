@@ -7,9 +7,12 @@ An adapter replaces a host function, never a ``@triton.jit`` object, and keeps w
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from sglang_trinv import dispatch
 from sglang_trinv.config import Config
@@ -45,7 +48,30 @@ def fwd_intra_adapter(
     return chunk_gated_delta_rule_fwd_intra
 
 
-ADAPTERS = {"fwd_intra": fwd_intra_adapter}
+def solve_tril_adapter(
+    stock: Callable[..., Any], config: Config, return_A: bool = False
+) -> Callable[..., Any]:
+    """Wrap ``solve_tril`` of SGLang 0.5.9, whose callers want all of its result.
+
+    The chunk indices are the ones that SGLang's kernel before it, which made A, has just used:
+    ``prepare_chunk_indices`` remembers them, so nothing waits for the lengths a second time.
+    """
+    prepare = importlib.import_module(stock.__module__).prepare_chunk_indices
+
+    @functools.wraps(stock)
+    def solve_tril(A, cu_seqlens=None, output_dtype=torch.float32):
+        return dispatch.solve_tril(
+            (A, cu_seqlens, output_dtype),
+            stock=stock,
+            config=config,
+            chunk_indices=None if cu_seqlens is None else prepare(cu_seqlens, A.shape[-1]),
+        )
+
+    setattr(solve_tril, MARK, True)
+    return solve_tril
+
+
+ADAPTERS = {"fwd_intra": fwd_intra_adapter, "solve_tril": solve_tril_adapter}
 
 
 def is_ours(function: Any) -> bool:

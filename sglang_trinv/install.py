@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_trinv import __version__, status, targets
+from sglang_trinv import __version__, ranks, status, targets
 from sglang_trinv.config import LEAST_CAPABILITY, Config
 from sglang_trinv.errors import TargetMissing, TrinvError
 
@@ -41,6 +41,7 @@ class Installer:
         self.warm: set[Shape] = set()
         self.warmup_s = 0.0
         self.said: set[str] = set()
+        self.compared = False
         self.lock = threading.Lock()
 
     def install_once(self, runner: Any, config: Config) -> str:
@@ -75,17 +76,21 @@ class Installer:
         if self.patch is not None and getattr(runner, "is_draft_worker", False):
             return None  # a draft model shares the target's pool and adapters
         # Here, so that a failing import of the kernels is handled like any other failure.
-        from sglang_trinv import hooks, warmup
+        from sglang_trinv import hooks, inject, selfcheck, warmup
 
         return_A = _third_result_is_read(target)
         shape, layers = warmup.shape_of(runner, gdn_config)
+        patched = self.patch
+        stock, modules = (patched.stock, patched.modules) if patched else targets.resolve(target)
         if shape not in self.warm:
             start = time.perf_counter()
-            warmup.warm_up(shape, config.method, return_A)
+            inject.at_compile(config.fault)
+            warmup.warm_up(shape, config.method, return_A, target.adapter)
+            checked = selfcheck.run(target.adapter, shape, config.method, stock, config.fault)
+            status.current().update(self_check=checked)
             self.warm.add(shape)
             self.warmup_s += time.perf_counter() - start
         if self.patch is None:
-            stock, modules = targets.resolve(target)
             patch = hooks.Patch(target, modules, stock)
             patch.apply(hooks.ADAPTERS[target.adapter](stock, config, return_A), config.fault)
             self.patch, status.current().hooks = patch, patch.describe
@@ -129,7 +134,7 @@ class Installer:
         """Say what was installed and which prefill ``backend``, just built, will use."""
         if self.patch is None or getattr(runner, "is_draft_worker", False):
             return
-        name = targets.prefill_backend_of(backend)
+        name = targets.prefill_backend_of(self.patch.target, backend)
         on_hot_path = name == "triton" and self.patch.live()
         process = status.current()
         process.update(prefill_backend=name, on_hot_path=on_hot_path)
@@ -143,6 +148,24 @@ class Installer:
             logging.INFO,
             f"GDN intra-chunk inverse replaced ({', '.join(facts)}); prefill backend {name}",
         )
+
+    def compare_ranks(self, config: Config) -> None:
+        """Hold this rank against the others, once.
+
+        Raises:
+            SystemExit: in strict mode, on rank 0, if they differ.
+        """
+        if self.compared:
+            return
+        self.compared = True
+        try:
+            said = ranks.compare(config.strict)
+        except ranks.RankMismatch as error:
+            raise SystemExit(f"sglang_trinv: {error} (SGLANG_TRINV_STRICT=1)") from None
+        except Exception as error:
+            said = f"the ranks were not compared: {type(error).__name__}: {error}"
+        if said:
+            self.say(logging.WARNING, said)
 
     def say(self, level: int, text: str) -> None:
         """Log one line, once, from rank 0 of a tensor parallel group."""
@@ -201,3 +224,8 @@ def install_once(runner: Any, config: Config) -> str:
 def announce(runner: Any, backend: Any) -> None:
     """``Installer.announce`` of this process."""
     _installer.announce(runner, backend)
+
+
+def compare_ranks(config: Config) -> None:
+    """``Installer.compare_ranks`` of this process."""
+    _installer.compare_ranks(config)

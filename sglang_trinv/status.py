@@ -61,6 +61,11 @@ class ProcessStatus:
             "prefill_backend": None,
             "on_hot_path": False,
             "warmup_s": 0.0,
+            "self_check": None,  # of selfcheck.run, once it ran
+            "rank": 0,  # of the torch.distributed world, its size, and what rank 0 heard
+            "world": 1,
+            "ranks": [],
+            "mismatch": "",
         }
         self.calls: dict[str, Counter[str]] = {"fwd_intra": Counter()}
         self.fallbacks: Counter[str] = Counter()

@@ -1,5 +1,6 @@
 """The SGLang releases that the package knows, and what each calls the things that it touches.
 
+Releases before ``FIRST_WITH_PLUGINS`` call the plugin by a patch (patches/), the others load it.
 This table is the only place with release numbers. Every row is tested against the sources in that
 release's wheel (tests/sglang); a release that is not listed is refused, because a guess that is
 wrong would be found by a user's answers.
@@ -18,8 +19,15 @@ from packaging.version import InvalidVersion, Version
 
 from sglang_trinv.errors import TargetMissing
 
+FIRST_WITH_PLUGINS = "0.5.11"
+FIRST_WITH_KDA_INTRA = "0.5.10"
+FIRST_WITH_RIGHT_KDA = "0.5.17"
+
 # The one function that the plugin hooks: SGLang calls it once per runner, before any CUDA graph.
 ATTENTION_WRAPPER = "sglang.srt.layers.attention.attention_registry.attn_backend_wrapper"
+
+# Called in the main process of an HTTP server alone, before it imports its application.
+PREPARE_ARGUMENTS = "sglang.srt.server_args.prepare_server_args"
 
 REQUIRED = inspect.Parameter.empty
 FWD_INTRA_PARAMETERS: tuple[tuple[str, Any], ...] = (
@@ -30,6 +38,11 @@ FWD_INTRA_PARAMETERS: tuple[tuple[str, Any], ...] = (
     ("cu_seqlens", None),
     ("chunk_size", 64),
     ("chunk_indices", None),
+)
+SOLVE_TRIL_PARAMETERS: tuple[tuple[str, Any], ...] = (
+    ("A", REQUIRED),
+    ("cu_seqlens", None),
+    ("output_dtype", "torch.float32"),
 )
 
 
@@ -45,14 +58,18 @@ class Target:
         prefill_default: function of ``linear.gdn_backend`` by which SGLang itself may choose
             FlashInfer, "" where it never does.
         prefill_flag: where ``--linear-attn-prefill-backend`` can still be changed when the backend
-            is built: an attribute of ``server_args``, its ``override``, or the context's.
+            is built: an attribute of ``server_args``, its ``override``, or the context's; "none"
+            where SGLang has only its Triton kernels.
+        module: where the function is replaced: the module that defines it, or, to leave its other
+            users alone, the one that calls it.
+        parameters: names and defaults; a default that is no plain value by its ``repr``.
     """
 
     releases: tuple[str, ...]
     fla: str
     gdn_config: str
     prefill_default: str
-    prefill_flag: Literal["attribute", "server_args", "context"]
+    prefill_flag: Literal["none", "attribute", "server_args", "context"]
     module: str = "chunk_fwd"
     function: str = "chunk_gated_delta_rule_fwd_intra"
     importers: tuple[str, ...] = ("chunk",)
@@ -75,7 +92,22 @@ _HYBRID_ARCH = "sglang.srt.configs.hybrid_arch.hybrid_gdn_config"
 
 TARGETS = (
     Target(
+        # fla.kda binds solve_tril too and keeps SGLang's: KDA is not what was tested here.
+        releases=("0.5.9",),
+        fla=_SRT_FLA,
+        gdn_config="hybrid_gdn_config",
+        prefill_default="",
+        prefill_flag="none",
+        module="chunk",
+        function="solve_tril",
+        importers=(),
+        parameters=SOLVE_TRIL_PARAMETERS,
+        adapter="solve_tril",
+    ),
+    Target(
         releases=(
+            "0.5.10",
+            "0.5.10.post1",
             "0.5.11",
             "0.5.12",
             "0.5.12.post1",
@@ -115,6 +147,7 @@ TARGETS = (
 )
 
 RELEASES = tuple(release for target in TARGETS for release in target.releases)
+PATCHED = tuple(r for r in RELEASES if Version(r) < Version(FIRST_WITH_PLUGINS))
 
 
 def find(release: str) -> Target:
@@ -132,6 +165,19 @@ def find(release: str) -> Target:
         if any(public == Version(known) for known in target.releases):
             return target
     raise TargetMissing(f"SGLang {release} is not in the table of sglang_trinv; {supported}")
+
+
+def kda_refusal(release: str) -> str:
+    """Why KDA layers of ``release`` keep SGLang's kernels, or "" where nothing forbids ours."""
+    public = Version(Version(release).public)
+    if public >= Version(FIRST_WITH_RIGHT_KDA):
+        return ""
+    if public < Version(FIRST_WITH_KDA_INTRA):
+        return f"KDA is refused: SGLang {release} has no chunk_kda_fwd_intra that could be replaced"
+    return (
+        f"KDA is refused: SGLang {release} hands gates in natural logarithms to kernels that take "
+        f"them in base 2; right from {FIRST_WITH_RIGHT_KDA} on (sgl-project/sglang pull request 31904)"
+    )
 
 
 def resolve(target: Target) -> tuple[Callable[..., Any], tuple[ModuleType, ...]]:
@@ -158,7 +204,7 @@ def resolve(target: Target) -> tuple[Callable[..., Any], tuple[ModuleType, ...]]
     found = parameters_of(function)
     if found != target.parameters:
         raise TargetMissing(
-            f"signature of {target.dotted}: want {_spell(target.parameters)}, got {_spell(found)}"
+            f"signature of {target.dotted}: want {spell(target.parameters)}, got {spell(found)}"
         )
     return function, tuple(modules)
 
@@ -167,12 +213,19 @@ def parameters_of(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
     """Names and defaults of ``function``; ``*`` and ``**`` are part of the name."""
     marks = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return tuple(
-        (marks.get(p.kind, "") + p.name, p.default)
+        (marks.get(p.kind, "") + p.name, _plain(p.default))
         for p in inspect.signature(function).parameters.values()
     )
 
 
-def _spell(parameters: tuple[tuple[str, Any], ...]) -> str:
+def _plain(default: Any) -> Any:
+    """A default that the table can hold without importing torch."""
+    plain = default is REQUIRED or isinstance(default, int | float | str | None)
+    return default if plain else repr(default)
+
+
+def spell(parameters: tuple[tuple[str, Any], ...]) -> str:
+    """``parameters`` as they stand in a signature."""
     words = (name if value is REQUIRED else f"{name}={value!r}" for name, value in parameters)
     return f"({', '.join(words)})"
 
@@ -194,6 +247,8 @@ def force_triton_prefill(target: Target, runner: Any) -> bool:
     Returns:
         Whether the flag was set.
     """
+    if target.prefill_flag == "none":
+        return False
     if target.prefill_flag == "context":
         context = importlib.import_module("sglang.srt.runtime_context")
         flags, override = context.get_exec().mamba, context.get_context().override
@@ -211,13 +266,15 @@ def force_triton_prefill(target: Target, runner: Any) -> bool:
     return True
 
 
-def prefill_backend_of(backend: Any) -> str:
+def prefill_backend_of(target: Target, backend: Any) -> str:
     """Name of the kernels that ``backend`` (what the attention wrapper returned) prefills GDN with.
 
     Read from the object that SGLang will call, so flags, defaults and fallbacks are all in it:
     "triton", "flashinfer", "cutedsl", or "unknown".
     """
     linear = getattr(backend, "linear_attn_backend", None)
+    if target.prefill_flag == "none":
+        return "triton" if type(linear).__name__ == "GDNAttnBackend" else "unknown"
     kernel = getattr(getattr(linear, "kernel_dispatcher", None), "extend_kernel", None)
     name = type(kernel).__name__
     return name.removesuffix("GDNKernel").lower() if name.endswith("GDNKernel") else "unknown"

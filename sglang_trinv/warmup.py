@@ -42,15 +42,23 @@ def shape_of(runner: Any, gdn_config: Any) -> tuple[Shape, int]:
     return Shape(Hg, H, K, V, runner.model_config.dtype, str(runner.device)), layers
 
 
-def warm_up(shape: Shape, method: str, return_A: bool = False) -> None:
+def warm_up(shape: Shape, method: str, return_A: bool = False, adapter: str = "fwd_intra") -> None:
     """Run the op as SGLang will call it, with few chunks and many; the result must be finite.
 
+    Args:
+        adapter: of the target: "fwd_intra" or "solve_tril".
     Raises:
         TrinvError: a result is not finite. Whatever the op raises is passed on.
     """
     for chunks in chunk_counts(shape.device):
-        w, u, _ = ops.fwd_intra(*inputs(shape, chunks), method=method, return_A=return_A)
-        if not (w.isfinite().all() and u.isfinite().all()):
+        _, _, g, _, cu_seqlens, _, chunk_indices = call = inputs(shape, chunks)
+        if adapter == "solve_tril":
+            A = g.new_zeros(1, g.shape[1], shape.H, 64)
+            options = {"chunk_indices": chunk_indices, "method": method}
+            results = (ops.solve_tril(A, cu_seqlens, shape.dtype, **options),)
+        else:
+            results = ops.fwd_intra(*call, method=method, return_A=return_A)[:2]
+        if not all(x.isfinite().all() for x in results):
             raise TrinvError(f"warm-up of {shape} with {chunks} chunks gave a non-finite result")
 
 

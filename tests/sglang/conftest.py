@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sglang_trinv import targets
+from sglang_trinv.compat import sources as wheel_sources
 from tests.sglang import wheels
+
+# The releases that have the fused function: all but the oldest, which calls solve_tril.
+FUSED = tuple(r for r in targets.RELEASES if targets.find(r).adapter == "fwd_intra")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def all_sources() -> dict[str, Path]:
     """Folder with the sources of each release in the table."""
-    return wheels.fetch(targets.RELEASES, wheels.cache_folder())
+    return wheel_sources.fetch(targets.RELEASES, wheels.cache_folder())
 
 
 @pytest.fixture(params=targets.RELEASES)
@@ -37,17 +40,6 @@ def target(release: str) -> targets.Target:
 @pytest.fixture
 def sources(release: str, all_sources: dict[str, Path]) -> Path:
     return all_sources[release]
-
-
-@pytest.fixture
-def parsed(sources: Path) -> Callable[[str], ast.Module]:
-    """Parse a file of the release, named by its path or its dotted module."""
-
-    def parse(name: str) -> ast.Module:
-        path = name if name.endswith(".py") else name.replace(".", "/") + ".py"
-        return ast.parse((sources / path).read_text())
-
-    return parse
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from sglang_trinv import targets
-from tests.sglang import syntax
+from sglang_trinv.compat import syntax
 
 LINEAR = "sglang.srt.layers.attention.linear"
 CONTEXT = "sglang.srt.runtime_context"

@@ -15,6 +15,12 @@ from sglang_trinv import install, plugin, status, targets
 WRAPPER = targets.ATTENTION_WRAPPER
 
 
+@pytest.fixture(params=[r for r in targets.RELEASES if r not in targets.PATCHED])
+def release(request: pytest.FixtureRequest) -> str:
+    """The releases that have a plugin system."""
+    return request.param
+
+
 class EntryPoint(SimpleNamespace):
     """What ``importlib.metadata`` hands out."""
 

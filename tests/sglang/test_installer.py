@@ -15,9 +15,15 @@ import torch
 
 from sglang_trinv import dispatch, install, status, targets
 from sglang_trinv.config import Config
+from tests.sglang.conftest import FUSED
 from tests.sglang.stage import GDN, Anything, Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
+
+
+@pytest.fixture(params=FUSED)
+def release(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture

@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 
 from sglang_trinv import targets
+from tests.sglang.conftest import FUSED
 from tests.sglang.stage import Anything, Stage
 
 MakeStage = Callable[..., Stage]
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
+
+
+@pytest.fixture(params=FUSED)
+def release(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture
@@ -25,25 +31,27 @@ def stage(installed_release: str, sources: Path, target: targets.Target) -> Iter
 
 def test_without_force_sglang_decides(stage: MakeStage, target: targets.Target) -> None:
     expected = "flashinfer" if target.prefill_default else "triton"
-    assert targets.prefill_backend_of(stage().build()) == expected
+    assert targets.prefill_backend_of(target, stage().build()) == expected
 
 
 @pytest.mark.parametrize("flag", ["triton", "flashinfer"])
-def test_without_force_the_users_flag_decides(stage: MakeStage, flag: str) -> None:
+def test_without_force_the_users_flag_decides(
+    stage: MakeStage, target: targets.Target, flag: str
+) -> None:
     backend = stage(linear_attn_prefill_backend=flag).build()
-    assert targets.prefill_backend_of(backend) == flag
+    assert targets.prefill_backend_of(target, backend) == flag
 
 
 @pytest.mark.parametrize("release", ["0.5.16", "0.5.17", "0.5.20", "0.5.23"])
-def test_other_kernels_are_named(stage: MakeStage) -> None:
+def test_other_kernels_are_named(stage: MakeStage, target: targets.Target) -> None:
     backend = stage(linear_attn_prefill_backend="cutedsl").build()
-    assert targets.prefill_backend_of(backend) == "cutedsl"
+    assert targets.prefill_backend_of(target, backend) == "cutedsl"
 
 
 def test_force_displaces_sglangs_own_choice(stage: MakeStage, target: targets.Target) -> None:
     built = stage()
     assert targets.force_triton_prefill(target, built.runner) is bool(target.prefill_default)
-    assert targets.prefill_backend_of(built.build()) == "triton"
+    assert targets.prefill_backend_of(target, built.build()) == "triton"
     assert not [line for line in built.log if "FlashInfer" in line]  # nor does SGLang say so
 
 
@@ -61,7 +69,7 @@ def test_force_displaces_an_explicit_flag(
     built = stage(**flags)
     assert targets.force_triton_prefill(target, built.runner) is True
     backend = built.build()
-    assert targets.prefill_backend_of(backend) == "triton"
+    assert targets.prefill_backend_of(target, backend) == "triton"
     decode = backend.linear_attn_backend.kernel_dispatcher.decode_kernel
     wants_flashinfer = "flashinfer" in (
         flags.get("linear_attn_decode_backend"), flags.get("linear_attn_backend")
@@ -80,5 +88,5 @@ def test_force_leaves_every_other_choice_alone(
     assert targets.force_triton_prefill(target, built.runner) is False
 
 
-def test_a_backend_without_gdn_kernels_is_unknown() -> None:
-    assert targets.prefill_backend_of("full attention") == "unknown"
+def test_a_backend_without_gdn_kernels_is_unknown(target: targets.Target) -> None:
+    assert targets.prefill_backend_of(target, "full attention") == "unknown"

@@ -11,6 +11,7 @@ import torch
 from sglang_trinv import dispatch, hooks, status, targets
 from sglang_trinv.config import Config
 from sglang_trinv.errors import TargetMissing, TrinvError
+from tests.sglang.conftest import FUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore:Triton is not supported on current platform")
 
@@ -24,6 +25,7 @@ def test_resolves_to_the_function_that_sglang_calls(
     assert targets.find(installed_release) is target
 
 
+@pytest.mark.parametrize("release", FUSED)
 def test_sglangs_own_caller_reaches_the_adapter(
     installed_release: str, target: targets.Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:

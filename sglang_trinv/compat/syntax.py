@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-NO_DEFAULT = object()
+from sglang_trinv.targets import REQUIRED
 
 
 def definition(tree: ast.AST, name: str) -> ast.FunctionDef | ast.ClassDef | None:
@@ -19,13 +19,25 @@ def definition(tree: ast.AST, name: str) -> ast.FunctionDef | ast.ClassDef | Non
 
 
 def parameters(function: ast.FunctionDef) -> tuple[tuple[str, Any], ...]:
-    """Names and literal defaults; ``NO_DEFAULT`` where there is none."""
-    arguments = function.args
-    others = (arguments.vararg, arguments.kwarg, arguments.kwonlyargs, arguments.posonlyargs)
-    assert not any(others)
-    names = [argument.arg for argument in arguments.args]
-    defaults = [ast.literal_eval(default) for default in arguments.defaults]
-    return tuple(zip(names, [NO_DEFAULT] * (len(names) - len(defaults)) + defaults, strict=True))
+    """Names and defaults as in ``targets.parameters_of``: values, or else the source's words."""
+    given = function.args
+    plain = [*given.posonlyargs, *given.args]
+    missing = len(plain) - len(given.defaults)
+    defaults = [REQUIRED] * missing + [_default(node) for node in given.defaults]
+    found = list(zip((argument.arg for argument in plain), defaults, strict=True))
+    found += [(f"*{given.vararg.arg}", REQUIRED)] if given.vararg else []
+    for argument, node in zip(given.kwonlyargs, given.kw_defaults, strict=True):
+        found.append((argument.arg, REQUIRED if node is None else _default(node)))
+    found += [(f"**{given.kwarg.arg}", REQUIRED)] if given.kwarg else []
+    return tuple(found)
+
+
+def _default(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        text = ast.unparse(node)
+        return "torch.float32" if text == "torch.float" else text  # one dtype, two names
 
 
 def calls(tree: ast.AST, name: str) -> list[ast.Call]:

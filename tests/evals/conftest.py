@@ -1,0 +1,45 @@
+"""Where lm-eval is missing there is nothing to test; documents and probes made up for the gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs lm-eval: python3 scripts/setup_env.py test")
+
+from sglang_trinv.evals.probe import TOP, Probe  # noqa: E402
+from sglang_trinv.evals.samples import Document  # noqa: E402
+
+
+def documents(
+    correct: np.ndarray, loglikelihood: np.ndarray | None = None, task: str = "gdn_overwrite"
+) -> list[Document]:
+    """One answer of one token a document."""
+    values = np.zeros(len(correct)) if loglikelihood is None else loglikelihood
+    return [
+        Document(task, i, f"hash {i}", bool(right), float(value), 1, f"text {i}")
+        for i, (right, value) in enumerate(zip(correct, values, strict=True))
+    ]
+
+
+def probe(noise: float = 0.0, documents: int = 30, length: int = 70, seed: int = 0) -> Probe:
+    """Distributions over 300 tokens, the same for every call up to ``noise`` in the logits."""
+    base = np.random.default_rng(1).normal(size=(documents * length, 300)) * 3
+    logits = base + noise * np.random.default_rng(seed).normal(size=base.shape)
+    logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    ids = np.argsort(-logprobs, 1)[:, :TOP]
+    return Probe(
+        np.repeat(np.arange(documents), length), np.tile(np.arange(1, length + 1), documents),
+        logprobs[:, 7], ids, np.take_along_axis(logprobs, ids, 1),
+        ids[:, 0].reshape(documents, length)[:, :8], np.zeros(documents, int),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+MakeDocuments = Callable[..., list[Document]]

@@ -3,19 +3,24 @@ PYTHON ?= python3
 PORT ?= 30000
 MODEL ?=
 KERNELS ?= ours
+SUITE ?= tiny
 ARGS ?=
 
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo serve status doctor test lint test-cpu test-sglang test-e2e test-gpu clean
+.PHONY: help setup setup-eval setup-test demo serve status doctor eval test lint test-cpu \
+	test-sglang test-e2e test-evals test-gpu clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:
 	@$(PYTHON) scripts/setup_env.py run
+
+setup-eval:
+	@$(PYTHON) scripts/setup_env.py eval
 
 setup-test:
 	@$(PYTHON) scripts/setup_env.py test
@@ -33,11 +38,15 @@ status: setup  ## what the processes of the newest server report
 doctor: setup  ## check this installation
 	@$(RUN) -m sglang_trinv doctor
 
-test: setup-test  ## everything: lint, then the cpu, sglang and e2e tests
+eval: setup-eval  ## accuracy, ours against stock: SUITE=tiny|quick|real MODEL=folder ARGS="options"
+	@$(RUN) -m sglang_trinv eval --suite $(SUITE) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+test: setup-test  ## everything: lint, then the cpu, sglang, e2e and evals tests
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test-cpu
 	@$(MAKE) --no-print-directory test-sglang
 	@$(MAKE) --no-print-directory test-e2e
+	@$(MAKE) --no-print-directory test-evals
 
 lint: setup-test  ## ruff
 	$(RUN) -m ruff check .
@@ -51,6 +60,9 @@ test-sglang: setup-test  ## against the sources of SGLang's releases
 
 test-e2e: setup-test  ## the real server
 	$(PYTEST) tests/e2e
+
+test-evals: setup-test  ## tasks, statistics, gate; then the quick suite on real servers
+	$(PYTEST) tests/evals
 
 test-gpu: setup-test  ## the same ops compiled, on a machine with a GPU
 	$(PYTEST) tests/gpu

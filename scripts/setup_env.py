@@ -1,6 +1,6 @@
-"""Make .venv for `make demo`, `make serve` and `make test`; skip every step that is done.
+"""Make .venv for `make demo`, `serve`, `eval` and `test`; skip every step that is done.
 
-    python3 scripts/setup_env.py [run|test]
+    python3 scripts/setup_env.py [run|eval|test]
 
 Standard library only: the machine has nothing but Python, make and git. A step is done
 if its stamp holds the hash of what went into it, so a change of the pins installs again by itself.
@@ -54,6 +54,9 @@ def steps(goal: str, cuda: bool) -> list[Step]:
     """The steps of a machine with or without CUDA."""
     test = Step("test tools", "pytest, hypothesis, ruff",
                 ("-r", "requirements/test.txt"), ("requirements/test.txt",))  # fmt: skip
+    evals = Step("evals", "lm-eval, statistics, plots",
+                 ("--no-deps", "-r", "requirements/evals.txt"),
+                 ("requirements/evals.txt",))  # fmt: skip
     ours = ("--no-deps", "--no-build-isolation", "-e", ".")
     if cuda:
         found = [
@@ -74,7 +77,8 @@ def steps(goal: str, cuda: bool) -> list[Step]:
             Step("sglang-trinv", "this project and its CPU platform",
                  (*ours, *platform), ("pyproject.toml", "serve/cpu_platform")),
         ]  # fmt: skip
-    return [*found, test] if goal == "test" else found
+    more = {"run": [], "eval": [evals], "test": [evals, test]}
+    return [*found, *more[goal]]
 
 
 def main() -> int:

@@ -1,15 +1,11 @@
-"""What to serve and where: ServeConfig, its checks, and the folders of runs."""
+"""What to serve and where: ServeConfig and its checks."""
 
 from __future__ import annotations
 
 import errno
 import importlib.metadata
-import os
 import re
-import shutil
 import socket
-import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -21,13 +17,11 @@ from sglang_trinv.config import Config
 from sglang_trinv.errors import TrinvError
 from sglang_trinv.patches import apply as patcher
 from sglang_trinv.serve import tiny_model
-from sglang_trinv.status import read_run_dir
 
 Device = Literal["cuda", "cpu"]
 Kernels = Literal["ours", "stock"]
 
 PLATFORM = "trinv_cpu"
-KEPT_RUNS = 10
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -156,50 +150,3 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
-
-
-def runs_root(environ: Mapping[str, str] | None = None) -> Path:
-    """Folder of this user's runs."""
-    base = (os.environ if environ is None else environ).get("XDG_RUNTIME_DIR")
-    parent = Path(base) if base and os.path.isdir(base) else Path(tempfile.gettempdir())
-    return parent / f"sglang-trinv-{os.getuid()}"
-
-
-def new_run_dir(root: Path | None = None) -> Path:
-    """Make the folder of a new run, and drop the oldest ones."""
-    root = root or runs_root()
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise ServeError(f"{root} belongs to another user")
-    for old in runs(root)[KEPT_RUNS - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
-    path = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    suffix = 0
-    while True:
-        try:
-            made = path if not suffix else path.with_name(f"{path.name}-{suffix}")
-            made.mkdir()
-            return made
-        except FileExistsError:
-            suffix += 1
-
-
-def runs(root: Path | None = None) -> list[Path]:
-    """Folders of runs, newest first."""
-    root = root or runs_root()
-    if not root.is_dir():
-        return []
-    return sorted((path for path in root.iterdir() if path.is_dir()), reverse=True)
-
-
-def latest_run(root: Path | None = None) -> Path:
-    """The newest run with a living process, otherwise the newest.
-
-    Raises:
-        ServeError: there has been no run.
-    """
-    found = runs(root)
-    if not found:
-        raise ServeError(f"no run in {root or runs_root()}: start one with `sglang-trinv serve`")
-    living = (path for path in found if any(s["alive"] for s in read_run_dir(path)))
-    return next(living, found[0])

@@ -17,6 +17,7 @@ from typing import Any
 from openai import OpenAI
 from rich.console import Console
 
+from sglang_trinv import runs
 from sglang_trinv.cli import start
 from sglang_trinv.errors import TrinvError
 from sglang_trinv.serve import config as serve_config
@@ -45,7 +46,7 @@ def main() -> int:
             port=serve_config.free_port(),
         )
         serve_config.check(config, environ)
-        run_dir = serve_config.new_run_dir()
+        run_dir = runs.new_run_dir()
         with stop_on_signals(), Server(config, run_dir, environ) as server:
             start(server, console)
             console.print(f"\n{server.verify().message}", markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -11,15 +12,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from sglang_trinv import __version__, targets
+from sglang_trinv import __version__, runs, targets
 from sglang_trinv.config import Config
 from sglang_trinv.errors import TrinvError
 from sglang_trinv.serve import config as serve_config
 from sglang_trinv.serve import prefill_choice
 from sglang_trinv.serve.command import CPU_ENV, CPU_ENV_DEFAULTS
+from sglang_trinv.serve.report import self_check
+from sglang_trinv.status import read_run_dir
 
 PACKAGES = ("torch", "triton", "sglang", "transformers", "flashinfer-python")
 PROBE_TIMEOUT_S = 300.0
+SETTINGS = ("SGLANG_TRINV", "SGLANG_PLUGINS", "SGLANG_PLATFORM", "TRITON_")
 # In a process of its own: importing SGLang takes seconds, and a broken install must not end doctor.
 PROBE = """
 import sglang
@@ -40,9 +44,13 @@ class Check:
     detail: str
 
 
-def examine() -> list[Check]:
-    """Run every check; one that fails does not stop the rest."""
-    return [
+def examine(gpu: bool = False) -> list[Check]:
+    """Run every check; one that fails does not stop the rest.
+
+    Args:
+        gpu: also run the kernels on this GPU and compare them with float64.
+    """
+    checks = [
         _run("versions", _versions),
         _run("configuration", _configuration),
         _run("sglang release", _release),
@@ -51,11 +59,41 @@ def examine() -> list[Check]:
         _run("device", _device),
         _run("gdn prefill by default", _prefill),
     ]
+    if gpu:
+        checks.append(_run("numeric self-check", _numeric))
+    return checks
 
 
 def report(checks: list[Check]) -> dict[str, object]:
-    """The JSON form."""
-    return {"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]}
+    """The JSON form, with what a bug report needs and no secret.
+
+    ``settings`` are the variables that change what runs, ``processes`` the status of the newest
+    run on this machine, if there was one.
+    """
+    settings = {n: v for n, v in os.environ.items() if n.startswith(SETTINGS)}
+    try:
+        processes = read_run_dir(runs.latest_run())
+    except TrinvError:
+        processes = []
+    return {
+        "ok": all(check.ok for check in checks),
+        "checks": [asdict(check) for check in checks],
+        "settings": settings,
+        "processes": processes,
+    }
+
+
+def _numeric() -> str:
+    if serve_config.detect_device() == "cpu":
+        raise TrinvError("--gpu: want a CUDA GPU, found none")
+    done = _python("-m", "sglang_trinv.serve.gpu_check", env=dict(os.environ))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in lines]
+    bad = [f"{each['shape']}: {each['error']}" for each in found if "error" in each]
+    if bad or done.returncode or not found:
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise TrinvError("; ".join(bad) or last)
+    return "; ".join(self_check(each) for each in found)
 
 
 def _run(name: str, examine_one: Callable[[], str]) -> Check:
@@ -108,17 +146,21 @@ def _hook_target() -> str:
     if serve_config.detect_device() == "cpu":
         _need_cpu_platform()
         env = {**CPU_ENV_DEFAULTS, **env, **CPU_ENV}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
+    done = _python("-c", PROBE, env=env)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise TrinvError(lines[-1].removeprefix("sglang_trinv.errors.TargetMissing: "))
+    return f"{target.dotted}: found, signature as expected"
+
+
+def _python(*arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
         env=env,
         capture_output=True,
         text=True,
         timeout=PROBE_TIMEOUT_S,
     )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise TrinvError(lines[-1].removeprefix("sglang_trinv.errors.TargetMissing: "))
-    return f"{target.dotted}: found, signature as expected"
 
 
 def _device() -> str:

@@ -14,10 +14,16 @@ def processes(statuses: list[dict[str, Any]]) -> Iterator[str]:
         if status["state"] == "installed":
             yield f"  {_layers(status)}, prefill {status['prefill_backend']}, {_hook(status)}"
             yield f"  calls: {calls(status)}"
+        if status.get("self_check"):
+            yield f"  {self_check(status['self_check'])}"
         for reason, count in status["fallbacks"].items():
             yield f"  {count} answered by stock: {reason}"
         if status["check"]["wanted"] and status["state"] == "installed":
             yield f"  check: {check(status)}"
+        for rank in status.get("ranks") or ():
+            yield f"  rank {rank['rank']}: {_rank(rank)}"
+        if status.get("mismatch"):
+            yield f"  RANKS DIFFER: {status['mismatch']}"
 
 
 def calls(status: dict[str, Any]) -> str:
@@ -39,6 +45,22 @@ def check(status: dict[str, Any]) -> str:
         f"{check['done']} of the first {check['wanted']} calls compared with SGLang's kernel, "
         f"{check['disagreements']} disagree; largest relative distance: {worst}"
     )
+
+
+def self_check(found: dict[str, Any]) -> str:
+    """The start-up self-check in one line."""
+    kinds = ", ".join(f"{case['kind']} {case['ratio']:.2f}" for case in found["cases"])
+    return (
+        f"self-check of {found['shape']}, method {found['method']}, in {found['seconds']:.1f} s; "
+        f"errors in units of what is allowed: {kinds}"
+    )
+
+
+def _rank(rank: dict[str, Any]) -> str:
+    if rank["state"] == "silent":
+        return str(rank["reason"])
+    words = ("host", "title", "sm", "version", "release", "method", "state", "prefill_backend")
+    return ", ".join(str(rank[word]) for word in words if rank.get(word))
 
 
 def _state(status: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ It must be made before Triton decorates the first kernel: so here, above every i
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import types
@@ -65,29 +64,14 @@ def forget_sglang() -> Iterator[None]:
 
 @pytest.fixture
 def sglang_from(forget_sglang: None) -> Callable[[Path, str], types.ModuleType]:
-    """Put the unpacked sources of one SGLang release under the name ``sglang``.
+    """Put the unpacked sources of one SGLang release under the name ``sglang``."""
+    from sglang_trinv.compat import chain
 
-    ``sglang/__init__.py`` itself is not run (it imports the whole server), and the one thing that
-    its kernels import from SGLang's utilities, torch's version, is set here.
-    """
 
     def load(folder: Path, release: str) -> types.ModuleType:
         for name in [name for name in sys.modules if _is_sglang(name)]:
             del sys.modules[name]
-        package = types.ModuleType("sglang")
-        package.__path__ = [str(folder / "sglang")]
-        package.__version__ = release
-        common = types.ModuleType("sglang.srt.utils.common")
-        common.torch_release = tuple(int(x) for x in torch.__version__.split("+")[0].split("."))
-        common.rank0_log = lambda message: None
-        utils = types.ModuleType("sglang.srt.utils")
-        utils.__path__ = []
-        utils.common = common
-        sys.modules.update(
-            {"sglang": package, "sglang.srt.utils": utils, "sglang.srt.utils.common": common}
-        )
-        importlib.invalidate_caches()
-        return package
+        return chain.import_sglang_from(folder, release)
 
     return load
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -100,6 +101,11 @@ class Inputs:
     beta: torch.Tensor
     A: torch.Tensor | None  # float32 [1, T, hv, 64], for solve_tril
     cu_seqlens: torch.Tensor | None  # int32 [N + 1], None for one sequence
+
+    @functools.cached_property
+    def g_log2(self) -> torch.Tensor:
+        """GDN gates to the base 2, made once: fla takes them so."""
+        return self.g * math.log2(math.e)
 
 
 def build(case: Case, device: str = "cuda") -> Inputs:

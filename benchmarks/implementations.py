@@ -74,14 +74,14 @@ def truth(op: str, x: Inputs) -> Results:
 
 
 def lower(results: Results) -> Results:
-    """Without what stands above the diagonal of Aqk, which nobody reads and not all write."""
-    if "Aqk" not in results:
-        return results
-    Aqk = results["Aqk"]
-    B, T, H, BT = Aqk.shape
-    row = torch.arange(T, device=Aqk.device) % BT  # every length here is a multiple of BT
-    below = torch.arange(BT, device=Aqk.device) <= row[:, None, None]
-    return {**results, "Aqk": torch.where(below, Aqk, 0)}
+    """Without what stands above the diagonals of Ai and Aqk, which nobody reads, not all write."""
+    return {name: _lower(x) if name in ("Ai", "Aqk") else x for name, x in results.items()}
+
+
+def _lower(x: torch.Tensor) -> torch.Tensor:
+    B, T, H, BT = x.shape
+    row = torch.arange(T, device=x.device) % BT  # every length here is a multiple of BT
+    return torch.where(torch.arange(BT, device=x.device) <= row[:, None, None], x, 0)
 
 
 def _ours(op: str) -> Call:
@@ -118,7 +118,7 @@ def _sglang(op: str) -> Call:
 
     def kkt_solve(variant, x, cu_seqlens, chunk_indices):
         module = importlib.import_module(f"{SGLANG}.chunk_fwd")
-        return _kkt(module, "Hg", x, cu_seqlens, chunk_indices)
+        return _kkt(module, "Hg", x, x.g, cu_seqlens, chunk_indices)
 
     def fwd_intra(variant, x, cu_seqlens, chunk_indices):
         function = importlib.import_module(f"{SGLANG}.chunk_fwd").chunk_gated_delta_rule_fwd_intra
@@ -141,12 +141,12 @@ def _fla(op: str) -> Call:
 
     def kkt_solve(variant, x, cu_seqlens, chunk_indices):
         module = importlib.import_module("fla.ops.gated_delta_rule.chunk_fwd")
-        return _kkt(module, "HV", x, cu_seqlens, chunk_indices)
+        return _kkt(module, "HV", x, x.g_log2, cu_seqlens, chunk_indices)
 
     def fwd_intra(variant, x, cu_seqlens, chunk_indices):
         module = importlib.import_module("fla.ops.gated_delta_rule.chunk_fwd")
         w, u, _ = module.chunk_gated_delta_rule_fwd_intra(
-            x.k, x.v, x.g, x.beta, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices
+            x.k, x.v, x.g_log2, x.beta, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices
         )
         return {"w": w, "u": u}
 
@@ -161,10 +161,11 @@ def _fla(op: str) -> Call:
     return {"solve_tril": solve_tril, "kkt_solve": kkt_solve, "fwd_intra": fwd_intra, KDA: kda}[op]
 
 
-def _kkt(module, gva, x, cu_seqlens, chunk_indices):
+def _kkt(module, gva, x, g, cu_seqlens, chunk_indices):
     """The first of the two kernels of SGLang's and fla's fwd_intra, as they launch it.
 
-    ``gva`` names the constant by which the two tell the other number of heads.
+    ``gva`` names the constant by which the two tell the other number of heads; fla's gates ``g``
+    are to the base 2.
     """
     B, T, Hg, K = x.k.shape
     H = x.beta.shape[-1]
@@ -174,7 +175,7 @@ def _kkt(module, gva, x, cu_seqlens, chunk_indices):
     A = torch.zeros(B, T, H, 64, device=x.k.device, dtype=x.k.dtype)
     heads = {"H": H, "Hg": Hg} if gva == "Hg" else {"H": Hg, "HV": H}
     module.chunk_gated_delta_rule_fwd_kkt_solve_kernel[(NT, B * H)](
-        k=x.k, g=x.g, beta=x.beta, A=A, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices, T=T,
+        k=x.k, g=g, beta=x.beta, A=A, cu_seqlens=cu_seqlens, chunk_indices=chunk_indices, T=T,
         K=K, BT=64, BC=16, **heads,
     )  # fmt: skip
     return {"Ai": A}

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from sglang_trinv.errors import ConfigError
 
 PREFIX = "SGLANG_TRINV"
-METHODS = ("auto", "mbh_fp16", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3")
+METHODS = ("auto", "mbh_fp16", "mbh_fp16x2", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3")
 # For tests: a step that fails on purpose, or an inverse of reference/faults.py for the kernel's.
 SERVER_FAULTS = ("raise_at_install", "compile_error", "wrong_at_start", "raise_at_call", "nan_u")
 FAULTS = (
@@ -62,12 +62,6 @@ def _fault(raw: Any) -> Any:
     return raw
 
 
-def _kda(raw: Any) -> Any:
-    if raw == "intra":
-        raise ValueError("want off (intra, the KDA kernel, is yet to come)")
-    return raw
-
-
 Flag = Annotated[bool, BeforeValidator(_flag)]
 
 
@@ -77,13 +71,13 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     enabled: Flag = Field(True, alias=f"{PREFIX}")
-    method: Literal["auto", "mbh_fp16", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3"] = Field(
-        "auto", alias=f"{PREFIX}_METHOD"
+    method: Literal["auto", "mbh_fp16", "mbh_fp16x2", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3"] = (
+        Field("auto", alias=f"{PREFIX}_METHOD")
     )
     gdn: Annotated[Literal["auto", "intra", "off"], BeforeValidator(_gdn)] = Field(
         "auto", alias=f"{PREFIX}_GDN"
     )
-    kda: Annotated[Literal["off"], BeforeValidator(_kda)] = Field("off", alias=f"{PREFIX}_KDA")
+    kda: Literal["intra", "off"] = Field("off", alias=f"{PREFIX}_KDA")
     force: Flag = Field(False, alias=f"{PREFIX}_FORCE")
     strict: Flag = Field(False, alias=f"{PREFIX}_STRICT")
     check: Annotated[int, BeforeValidator(_count), Field(ge=0)] = Field(0, alias=f"{PREFIX}_CHECK")

@@ -22,12 +22,39 @@ def round_once(b_N, DOT: tl.constexpr):
 
 
 @triton.jit
-def mul_add(a, b, acc, DOT: tl.constexpr):
-    """``acc + a @ b`` in float32; DOT is "fp16" (rounded operands) or an ``input_precision``."""
+def mul_add(a, b, acc, DOT: tl.constexpr, SPLIT_A: tl.constexpr):
+    """``acc + a @ b`` in float32.
+
+    DOT is "fp16" (rounded operands), "fp16x2" (one operand rounded, the other in two parts: a with
+    SPLIT_A, else b) or an ``input_precision``.
+    """
     if DOT == "fp16":
         return tl.dot(a.to(tl.float16), b.to(tl.float16), acc)
+    elif DOT == "fp16x2":
+        b_high = a.to(tl.float16) if SPLIT_A else b.to(tl.float16)
+        b_low = ((a if SPLIT_A else b) - b_high.to(tl.float32)).to(tl.float16)
+        if SPLIT_A:
+            b = b.to(tl.float16)
+            return tl.dot(b_high, b, tl.dot(b_low, b, acc))
+        else:
+            a = a.to(tl.float16)
+            return tl.dot(a, b_high, tl.dot(a, b_low, acc))
     else:
         return tl.dot(a, b, acc, input_precision=DOT)
+
+
+@triton.jit
+def times_inverse(b_N, b_E, acc, DOT: tl.constexpr):
+    """``acc + N E``. What is inverted is split, what is already inverted is rounded: the same
+    rounded E on both sides of N is a slightly wrong factor, not a wrong inverse
+    (docs/numerics.md#fp16x2)."""
+    return mul_add(b_N, b_E, acc, DOT, True)
+
+
+@triton.jit
+def inverse_times(b_E, b_Y, acc, DOT: tl.constexpr):
+    """``acc + E Y``."""
+    return mul_add(b_E, b_Y, acc, DOT, False)
 
 
 @triton.jit
@@ -45,22 +72,22 @@ def inv_16(b_N, DOT: tl.constexpr):
     for s in tl.static_range(1, 4):
         m_merge = ((r >> (s + 1)) == (c >> (s + 1))) & ((r >> s) != (c >> s))
         b_M = tl.where(m_merge, b_N, 0.0)
-        b_Y = mul_add(b_M, b_E, b_M, DOT)
-        b_E = mul_add(b_E, b_Y, b_E + b_Y, DOT)
+        b_Y = times_inverse(b_M, b_E, b_M, DOT)
+        b_E = inverse_times(b_E, b_Y, b_E + b_Y, DOT)
     return b_E
 
 
 @triton.jit
 def merge(b_E_row, b_Y, DOT: tl.constexpr):
     """(I + E_row) Y: what stands below the diagonal once the row's own block is inverted."""
-    return mul_add(b_E_row, b_Y, b_Y, DOT)
+    return inverse_times(b_E_row, b_Y, b_Y, DOT)
 
 
 @triton.jit
 def merge_32(E00, E11, N10, DOT: tl.constexpr):
     """The block below two inverted ones: X_11 N_10 X_00."""
     N10 = round_once(N10, DOT)
-    return merge(E11, mul_add(N10, E00, N10, DOT), DOT)
+    return merge(E11, times_inverse(N10, E00, N10, DOT), DOT)
 
 
 @triton.jit
@@ -69,14 +96,14 @@ def merge_64(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.constexpr
     N20, N21 = round_once(N20, DOT), round_once(N21, DOT)
     N30, N31, N32 = round_once(N30, DOT), round_once(N31, DOT), round_once(N32, DOT)
     X10 = merge_32(E00, E11, N10, DOT)
-    X21 = merge(E22, mul_add(N21, E11, N21, DOT), DOT)
-    X32 = merge(E33, mul_add(N32, E22, N32, DOT), DOT)
-    Y20 = mul_add(N21, X10, mul_add(N20, E00, N20, DOT), DOT)
+    X21 = merge(E22, times_inverse(N21, E11, N21, DOT), DOT)
+    X32 = merge(E33, times_inverse(N32, E22, N32, DOT), DOT)
+    Y20 = times_inverse(N21, X10, times_inverse(N20, E00, N20, DOT), DOT)
     X20 = merge(E22, Y20, DOT)
-    Y31 = mul_add(N32, X21, mul_add(N31, E11, N31, DOT), DOT)
+    Y31 = times_inverse(N32, X21, times_inverse(N31, E11, N31, DOT), DOT)
     X31 = merge(E33, Y31, DOT)
-    Y30 = mul_add(N31, X10, mul_add(N30, E00, N30, DOT), DOT)
-    X30 = merge(E33, mul_add(N32, X20, Y30, DOT), DOT)
+    Y30 = times_inverse(N31, X10, times_inverse(N30, E00, N30, DOT), DOT)
+    X30 = merge(E33, times_inverse(N32, X20, Y30, DOT), DOT)
     return X10, X20, X21, X30, X31, X32
 
 

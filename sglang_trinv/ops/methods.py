@@ -15,6 +15,7 @@ from sglang_trinv.errors import UnsupportedCall
 METHODS = {
     "auto": "",
     "mbh_fp16": "fp16",
+    "mbh_fp16x2": "fp16x2",
     "mbh_tf32": "tf32",
     "mbh_tf32x3": "tf32x3",
     "mbh_bf16x3": "bf16x3",
@@ -39,7 +40,7 @@ def dot_precision(method: str, device: torch.device, result: torch.dtype) -> str
         method = AUTO[result]
     if device.type == "cuda" and torch.version.hip and METHODS[method] == "tf32x3":
         raise UnsupportedCall("method: mbh_tf32x3 needs an NVIDIA GPU; use mbh_bf16x3 on ROCm")
-    if interpreted() and METHODS[method] != "fp16":
+    if interpreted() and not METHODS[method].startswith("fp16"):
         return "ieee"  # the interpreter multiplies float32 operands in float32 under every name
     return METHODS[method]
 

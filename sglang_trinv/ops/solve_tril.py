@@ -44,8 +44,9 @@ def solve_tril(
     want(BT in (16, 32, 64), "A", "a last dimension (chunk size) of 16, 32 or 64", BT)
     want(output_dtype in FLOATS, "output_dtype", "float32, bfloat16 or float16", output_dtype)
     check_varlen(B, cu_seqlens, chunk_indices, A.device)
-    # "auto" goes by A: SGLang's solve_tril is exact to float32, whatever it rounds its result to.
-    DOT = dot_precision(method, A.device, A.dtype)
+    if method == "auto" and (A.dtype, output_dtype) == (torch.float32, torch.bfloat16):
+        method = "mbh_fp16x2"  # SGLang's is exact to float32 before it rounds to bfloat16
+    DOT = dot_precision(method, A.device, output_dtype)
     if implementation(A.device) == "torch":
         return solve_tril_torch(A, cu_seqlens, output_dtype)
     Ai = torch.empty_like(A, dtype=output_dtype)

@@ -172,8 +172,8 @@ FAKE_SGLANG = "__version__ = '0.5.20'\n"
         (
             "SGLANG_TRINV_METHOD",
             "fastest",
-            "sglang_trinv: SGLANG_TRINV_METHOD: want auto, mbh_fp16, mbh_tf32, mbh_tf32x3 or "
-            "mbh_bf16x3; got 'fastest'",
+            "sglang_trinv: SGLANG_TRINV_METHOD: want auto, mbh_fp16, mbh_fp16x2, mbh_tf32, "
+            "mbh_tf32x3 or mbh_bf16x3; got 'fastest'",
         ),
         ("SGLANG_TRINV", "on", "sglang_trinv: SGLANG_TRINV: want 0 or 1; got 'on'"),
     ],

@@ -148,6 +148,16 @@ def test_solve_tril_on_hard_matrices(n: int, method: str) -> None:
         assert rel_err(Ai, truth) <= bound, name
 
 
+@pytest.mark.parametrize("n", [16, 32, 64])
+def test_solve_tril_to_bfloat16_errs_by_rounding_its_result(n: int) -> None:
+    for name, A in hard_matrices(n, batch=2).items():
+        A = A.float().transpose(0, 1)[None].contiguous()
+        truth = naive_solve_tril(A)
+        Ai = ops.solve_tril(A, output_dtype=torch.bfloat16)
+        rounded = truth.to(torch.bfloat16)
+        assert rel_err(Ai, truth) <= tolerance(truth, rounded, torch.bfloat16), name
+
+
 def test_solve_tril_varlen_and_dtypes() -> None:
     A = 0.2 * torch.randn(1, 130, 2, 64, generator=torch.Generator().manual_seed(0))
     cu_seqlens = cu_seqlens_of([30, 0, 100])

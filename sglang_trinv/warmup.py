@@ -9,8 +9,7 @@ import torch
 
 from sglang_trinv import ops
 from sglang_trinv.errors import TrinvError
-
-PADDING_CHUNK = 1 << 20  # SGLang's mark of a row of chunk_indices that stands for no chunk
+from sglang_trinv.ops.chunks import PADDING_CHUNK
 
 
 @dataclass(frozen=True)

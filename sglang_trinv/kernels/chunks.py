@@ -5,16 +5,34 @@ import triton.language as tl
 
 
 @triton.jit
+def find_sequence(cu_seqlens, i_s, N, BT: tl.constexpr):
+    """The sequence of slot ``i_s``: chunk c of sequence n has slot cu_seqlens[n] // BT + n + c."""
+    i_n = -1
+    for i_b in range(0, N, 64):
+        o_n = i_b + tl.arange(0, 64)
+        b_bos = tl.load(cu_seqlens + o_n, mask=o_n < N, other=0).to(tl.int32)
+        i_n += tl.sum(((b_bos // BT + o_n <= i_s) & (o_n < N)).to(tl.int32))
+    return i_n
+
+
+@triton.jit
 def locate_chunk(cu_seqlens, chunk_indices, T, BT: tl.constexpr, VARLEN: tl.constexpr):
     """(row of the chunk's first token as int64, tokens from there to the sequence's end).
 
-    Program axes: 0 chunk, 2 batch. The second result is <= 0 for padding rows of chunk_indices.
+    Program axes: 0 chunk, 2 batch. Without chunk_indices a ragged batch has T // BT + N slots, as
+    ops.chunks.chunk_grid counts them. The second result is <= 0 for a slot without a chunk and for
+    a padding row of chunk_indices.
     """
     i_t, i_b = tl.program_id(0), tl.program_id(2)
     if VARLEN:
-        i_n = tl.load(chunk_indices + i_t * 2).to(tl.int32)
-        i_t = tl.load(chunk_indices + i_t * 2 + 1).to(tl.int32)
-        bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+        if chunk_indices is None:
+            i_n = find_sequence(cu_seqlens, i_t, tl.num_programs(0) - T // BT, BT)
+            bos = tl.load(cu_seqlens + i_n).to(tl.int64)
+            i_t -= (bos // BT).to(tl.int32) + i_n
+        else:
+            i_n = tl.load(chunk_indices + i_t * 2).to(tl.int32)
+            i_t = tl.load(chunk_indices + i_t * 2 + 1).to(tl.int32)
+            bos = tl.load(cu_seqlens + i_n).to(tl.int64)
         n = (tl.load(cu_seqlens + i_n + 1).to(tl.int64) - bos).to(tl.int32)
     else:
         bos = i_b.to(tl.int64) * T

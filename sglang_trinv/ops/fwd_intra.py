@@ -130,7 +130,7 @@ def _launch(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, DOT):
     B, T, Hg, K = k.shape
     H = beta.shape[2]
     V = v.shape[3] if v is not None else 16
-    NT, chunk_indices = chunk_grid(T, 64, cu_seqlens, chunk_indices)
+    NT = chunk_grid(T, 64, cu_seqlens, chunk_indices)
     if NT * H * B == 0:
         return
     config = kkt_solve_config(H // Hg, NT * B, Hg) if v is None else FWD_INTRA

@@ -85,7 +85,7 @@ def chunk_kda_fwd_intra(
     w, u, kg = torch.empty_like(k), torch.empty_like(v), torch.empty_like(k)
     Aqk = k.new_empty(B, T, H, 64)
     Akk = k.new_empty(B, T, H, 64) if return_A else None
-    NT, chunk_indices = chunk_grid(T, 64, cu_seqlens, chunk_indices)
+    NT = chunk_grid(T, 64, cu_seqlens, chunk_indices)
     if NT * H * B > 0:
         kda_intra_kernel[(NT, H, B)](
             q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, -1.0, T,

@@ -27,8 +27,7 @@ def solve_tril(
             and above the diagonal of each chunk are not used.
         cu_seqlens (int32 | int64, [N + 1], Optional): sequence starts; B must be 1.
         output_dtype (torch.dtype): float32, bfloat16 or float16. Default: float32.
-        chunk_indices (like cu_seqlens, [NT, 2], Optional): (sequence, chunk in it); made from
-            cu_seqlens on the device where absent.
+        chunk_indices (like cu_seqlens, [NT, 2], Optional): (sequence, chunk in it); not needed.
         method (str): one of ``METHODS``.
     Returns:
         Ai (output_dtype, [B, T, H, BT]): zeros above the diagonal; every row of every sequence is
@@ -50,7 +49,7 @@ def solve_tril(
     if implementation(A.device) == "torch":
         return solve_tril_torch(A, cu_seqlens, output_dtype)
     Ai = torch.empty_like(A, dtype=output_dtype)
-    NT, chunk_indices = chunk_grid(T, BT, cu_seqlens, chunk_indices)
+    NT = chunk_grid(T, BT, cu_seqlens, chunk_indices)
     if NT * H * B > 0:
         solve_tril_kernel[(NT, H, B)](
             A, Ai, cu_seqlens, chunk_indices, T, H=H, BT=BT, DOT=DOT,

@@ -10,7 +10,6 @@ import torch
 
 from sglang_trinv import config, ops
 from sglang_trinv.errors import UnsupportedCall
-from sglang_trinv.ops.chunks import PADDING_CHUNK, padded_chunk_indices
 from sglang_trinv.reference.bounds import rounding_bound
 from sglang_trinv.reference.chunk import naive_fwd_intra, naive_solve_tril
 from sglang_trinv.reference.methods import invert
@@ -21,7 +20,6 @@ from tests.inputs import (
     LENGTHS,
     OUTSIDE_BOUND,
     REAL_GATES,
-    chunk_indices_of,
     cu_seqlens_of,
     hard_matrices,
     poisoned_allocations,
@@ -118,14 +116,12 @@ def test_without_decay_and_with_beta_in_the_dtype_of_k() -> None:
     assert rel_err(u, U) <= 2 * rel_err(U.bfloat16(), U)
 
 
-def test_chunk_indices_are_made_on_the_device_with_padding() -> None:
-    cu_seqlens = cu_seqlens_of([64, 0, 111, 1])
-    made = padded_chunk_indices(cu_seqlens, 176, 64)
-    want = chunk_indices_of(cu_seqlens)
-    assert torch.equal(made[: len(want)], want)
-    assert (made[len(want) :] == torch.tensor([0, PADDING_CHUNK])).all()
-    x = HARD_INPUTS["random"].build(176, K=16, V=16, lengths=[64, 0, 111, 1]).summed()
-    for a, b in zip(run_fwd_intra(x), run_fwd_intra(x, chunk_indices=False), strict=True):
+@pytest.mark.parametrize("lengths", [[64, 0, 111, 1], [0, 0, 130], [2] * 70 + [0, 65], [0, 0]])
+def test_chunks_are_found_without_chunk_indices(lengths: list[int]) -> None:
+    x = HARD_INPUTS["random"].build(sum(lengths), K=16, V=16, lengths=lengths).summed()
+    with poisoned_allocations():
+        found = run_fwd_intra(x, chunk_indices=False)
+    for a, b in zip(run_fwd_intra(x), found, strict=True):
         assert torch.equal(a, b)
 
 
@@ -160,7 +156,7 @@ def test_solve_tril_to_bfloat16_errs_by_rounding_its_result(n: int) -> None:
 
 def test_solve_tril_varlen_and_dtypes() -> None:
     A = 0.2 * torch.randn(1, 130, 2, 64, generator=torch.Generator().manual_seed(0))
-    cu_seqlens = cu_seqlens_of([30, 0, 100])
+    cu_seqlens = cu_seqlens_of([30, 0, 100])  # the chunks of a ragged batch are found by the kernel
     truth = naive_solve_tril(A, cu_seqlens)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         with poisoned_allocations():

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from sglang_trinv.errors import TrinvError
+from sglang_trinv.reference.bounds import power_growth
 from sglang_trinv.reference.chunk import chunk_A, chunk_local_cumsum, inverse, naive_chunk_forward
 from sglang_trinv.reference.inputs import HARD_INPUTS, OUTSIDE_BOUND, Inputs, paper_matrix
 from sglang_trinv.reference.layout import ChunkLayout
 
 K, V, HEADS, CHUNKS = 128, 64, 2, 2
+LARGEST = 64  # tokens of a chunk whose layer is measured
 GATE_KEYS = "cosine 0.98"  # keys that go with the gates of a real model
 PAPER = "uniform [0, 1/2)"
 
@@ -25,24 +27,28 @@ PAPER = "uniform [0, 1/2)"
 class Cases:
     """One size of problem: ``A`` of every chunk and head of every input, and the truths.
 
-    Inputs whose family is "paper" are matrices alone; they stand last and have no layer.
+    Inputs whose family is "paper" are matrices alone; they stand last and have no layer. Chunks of
+    more than 64 tokens, which SGLang has not, are measured without it.
     """
 
     n: int
     names: list[str]
     families: list[str]
-    layer: Inputs  # [inputs with a layer, CHUNKS * n, HEADS, ...]
+    layer: Inputs  # [inputs but the paper's, CHUNKS * n, HEADS, ...]
     A: Tensor  # float64 [inputs, CHUNKS * HEADS, n, n]
     X: Tensor  # (I + A)^-1, like A
     o: Tensor  # float64 [inputs with a layer, CHUNKS * n, HEADS, V]
+    growth: list[float]  # ``power_growth``, the largest of each input
 
     @property
     def layers(self) -> int:
         """How many inputs have a layer."""
-        return self.layer.k.shape[0]
+        return self.o.shape[0]
 
     def output(self, X: Tensor) -> Tensor:
-        """The layer's output with these inverses [inputs, ..] in place of the exact ones."""
+        """The layer's output, like o, with these inverses, like X, in place of the exact ones."""
+        if not self.layers:
+            return self.o
         found = X[: self.layers].unflatten(1, (CHUNKS, HEADS)).flatten(0, 1)
         return _forward(self.layer, self.n, lambda A: found)
 
@@ -70,8 +76,9 @@ def build(
     g = chunk_local_cumsum(layer.g, chunk_size=n)
     A = chunk_A(layout, layer.k, g, layer.beta).unflatten(0, (len(names), CHUNKS)).flatten(1, 2)
     A = torch.cat([A, paper_matrix(n, CHUNKS * HEADS)[None].to(device)])
-    o = _forward(layer, n, inverse)
-    return Cases(n, [*names, PAPER], [*families, "paper"], layer, A, inverse(A), o)
+    o = _forward(layer, n, inverse) if n <= LARGEST else layer.v.new_zeros(0, T, HEADS, V)
+    return Cases(n, [*names, PAPER], [*families, "paper"], layer, A, inverse(A), o,
+                 power_growth(A).amax(1).tolist())  # fmt: skip
 
 
 def _forward(x: Inputs, n: int, solve) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from sglang_trinv import ops
-from sglang_trinv.reference.bounds import power_growth
-from sglang_trinv.reference.methods import METHODS, invert
+from sglang_trinv.reference.methods import METHODS, SIZES, invert
 from sglang_trinv.study.cases import Cases
 
 METRICS = ("max_abs", "max_rel", "rel_fro", "residual", "layer")
+PRECISIONS = ("fp16", "bf16", "tf32", "fp32", "bf16x3", "tf32x3")
 VISIBLE = 2.0**-24  # smaller entries of the inverse vanish beside 1 in float32
 STOCK = "sglang.kernels.ops.attention.fla.solve_tril"
 
@@ -56,14 +56,13 @@ def _finite(x: Tensor) -> Tensor:
 def rows(cases: Cases, X: Tensor, **labels: Any) -> Iterator[Row]:
     """Rows of one method; ``labels`` are its columns."""
     found = errors(cases, X)
-    growth = power_growth(cases.A).amax(1).tolist()
     for i, (family, name) in enumerate(zip(cases.families, cases.names, strict=True)):
         yield {
             **labels,
             "n": cases.n,
             "family": family,
             "input": name,
-            "growth": growth[i],
+            "growth": cases.growth[i],
             **{metric: found[metric][i] for metric in METRICS},
         }
 
@@ -108,9 +107,6 @@ def _stock() -> Callable[..., Tensor] | None:
 
 def work(quick: bool) -> list[tuple[int, str, str]]:
     """(size, method, precision) of everything that is emulated."""
-    sizes = (16, 64) if quick else (16, 32, 64, 128)
-    precisions = ("fp16", "bf16", "fp32") if quick else PRECISIONS
-    return [(n, method, p) for n in sizes for method in METHODS for p in precisions]
-
-
-PRECISIONS = ("fp16", "bf16", "tf32", "tf32rz", "fp32", "bf16x3", "tf32x3")
+    sizes, precisions = ((16, 64), ("fp16", "fp32")) if quick else (SIZES, PRECISIONS)
+    pairs = [(method, p) for method in METHODS for p in precisions] + [("FS16", "tf32rz")]
+    return [(n, method, p) for n in sizes for method, p in pairs]

@@ -49,6 +49,13 @@ def patch(
     return None
 
 
+def bench_one_batch(context: typer.Context) -> None:
+    """SGLang's bench_one_batch, which by itself loads no plugin. SGLang's flags go after `--`."""
+    from sglang_trinv import bench_one_batch as program
+
+    program.main(context.args)
+
+
 def compat(
     release: Annotated[
         list[str] | None,

@@ -72,6 +72,8 @@ def gdn_intra(stock: Callable[..., Any], config: Config) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def adapter(k, v, g=None, beta=None, cu_seqlens=None, chunk_size=64, chunk_indices=None):
+        if chunk_size != 64:  # calls solve_tril, which is ours
+            return stock(k, v, g, beta, cu_seqlens, chunk_size, chunk_indices)
         natural = None if g is None else g.float() * LN2
         call = (k, v, natural, beta, cu_seqlens, chunk_size, chunk_indices)
         return dispatch.fwd_intra(
@@ -109,18 +111,20 @@ def kda_intra(stock: Callable[..., Any], config: Config) -> Callable[..., Any]:
 
 
 def dplr_inverse(stock: Callable[..., Any], config: Config) -> Callable[..., Any]:
-    """Ours for DPLR's ``prepare_wy_repr_fwd``: only the inverse, of I - A_ab; w and u stay fla's."""
+    """Our inverse of I - A_ab in DPLR's ``prepare_wy_repr_fwd``; w and u stay fla's."""
     wu_fwd = importlib.import_module(stock.__module__).wu_fwd
 
     @functools.wraps(stock)
-    def adapter(
-        ag, v, A_ak, A_ab, cu_seqlens, chunk_size=64, chunk_indices=None, safe_gate=False
-    ):
+    def adapter(ag, v, A_ak, A_ab, cu_seqlens, chunk_size=64, chunk_indices=None, safe_gate=False):
         call = (ag, v, A_ak, A_ab, cu_seqlens, chunk_size, chunk_indices, safe_gate)
 
         def run() -> Any:
             Ai = ops.solve_tril(
-                -A_ab, cu_seqlens, A_ab.dtype, chunk_indices=chunk_indices, method=config.method
+                -A_ab,
+                cu_seqlens,
+                A_ab.dtype,
+                chunk_indices=chunk_indices,
+                method=config.method,
             )
             return *wu_fwd(ag, v, A_ak, Ai, cu_seqlens, chunk_size, chunk_indices), Ai
 

@@ -77,7 +77,7 @@ def import_sglang_from(folder: Path, release: str) -> types.ModuleType:
 
 
 def inputs() -> dict[str, Any]:
-    """Three sequences of near-equal keys, beta near one and little decay: an inverse that matters."""
+    """Near-equal keys, beta near one and little decay: an inverse that matters."""
     Hg, H, K, V = HEADS
     T, gen = sum(LENGTHS), torch.Generator().manual_seed(0)
     mean = torch.randn(1, 1, Hg, K, generator=gen)

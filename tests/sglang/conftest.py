@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from sglang_trinv import targets
 from sglang_trinv.compat import sources as wheel_sources
@@ -24,7 +25,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def all_sources() -> dict[str, Path]:
     """Folder with the sources of each release in the table."""
-    return wheel_sources.fetch(targets.RELEASES, wheels.cache_folder())
+    cache = wheels.cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".lock"):  # one of the processes of a parallel run downloads
+        return wheel_sources.fetch(targets.RELEASES, cache)
 
 
 @pytest.fixture(params=targets.RELEASES)

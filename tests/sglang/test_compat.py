@@ -103,9 +103,10 @@ def test_what_is_no_release(release: str, message: str) -> None:
     [
         ("0.5.23, 0.5.9, 0.5.8", []),
         ("0.5.24, 0.5.23, 0.5.9", ["0.5.24"]),
-        ("0.6.0rc1, 0.5.24.post1, 0.5.20.post1, 0.5.10rc0, 0.4.9", ["0.5.20.post1", "0.5.24.post1", "0.6.0rc1"]),
+        ("0.6.0rc1, 0.5.24.post1, 0.5.10rc0, 0.4.9", ["0.5.24.post1", "0.6.0rc1"]),
+        ("0.5.20.post1", ["0.5.20.post1"]),
     ],
-)  # fmt: skip
+)
 def test_releases_that_the_table_lacks(
     monkeypatch: pytest.MonkeyPatch, listed: str, expected: list[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The patches on the files of the real wheels: byte for byte, all or nothing, and never by guess."""
+"""The patches on the files of the real wheels: byte for byte, all or nothing, never by guess."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, stor
 @triton.jit
 def operand(b_x, DOT: tl.constexpr):
     """x as the products take it: fp16 has 3 bits more than bfloat16; |k| <= 1 needs no range."""
-    if DOT == "fp16":
+    if DOT == "fp16" or DOT == "fp16x2":
         return b_x.to(tl.float16)
     else:
         return b_x.to(tl.float32)
@@ -29,7 +29,7 @@ def operand(b_x, DOT: tl.constexpr):
 @triton.jit
 def row_products(b_x, b_y, b_acc, DOT: tl.constexpr):
     """``acc + x y^T`` in float32."""
-    if DOT == "fp16":
+    if DOT == "fp16" or DOT == "fp16x2":
         return tl.dot(b_x, tl.trans(b_y), b_acc)
     else:
         return tl.dot(b_x, tl.trans(b_y), b_acc, input_precision=DOT)
@@ -43,6 +43,13 @@ def decay(b_g, b_r, unit):
     factor twice, in the layouts of the left and of the right operand.
     """
     return tl.exp2(tl.abs(b_g - b_r) * unit)
+
+
+@triton.jit
+def cut(b_q, b_k, b_g, b_r, unit, DOT: tl.constexpr):
+    """Operands q and k decayed between their gates and r."""
+    b_E = operand(decay(b_g, b_r, unit), DOT)
+    return b_q * b_E, b_k * b_E
 
 
 @triton.jit
@@ -69,10 +76,9 @@ def diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT: t
     b_Qs, b_Gs = row_products(b_q, b_k, b_0, DOT), b_0
     for n in tl.static_range(0, 4):
         o_r = ((o_t >> (n + 1)) << (n + 1)) + (1 << n)
-        b_E = operand(decay(b_g, load_gates(p_g, s, o_r, o_k, T), unit), DOT)
-        b_kE = b_k * b_E
+        b_qE, b_kE = cut(b_q, b_k, b_g, load_gates(p_g, s, o_r, o_k, T), unit, DOT)
         m_n = ((r >> (n + 1)) == (c >> (n + 1))) & ((r >> n) > (c >> n))
-        b_Qs = tl.where(m_n, row_products(b_q * b_E, b_kE, b_0, DOT), b_Qs)
+        b_Qs = tl.where(m_n, row_products(b_qE, b_kE, b_0, DOT), b_Qs)
         b_Gs = tl.where(m_n, row_products(b_kE, b_kE, b_0, DOT), b_Gs)
     return b_Q + b_Qs, b_G + b_Gs
 
@@ -105,13 +111,6 @@ def row_block(
     b_q, b_k = operand(b_q, DOT), operand(b_k, DOT)
     b_Q, b_G = diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT)
     return b_Q, b_G, b_q, b_k, b_g
-
-
-@triton.jit
-def cut(b_q, b_k, b_g, b_r, unit, DOT: tl.constexpr):
-    """q and k decayed from the gates r of an earlier row."""
-    b_E = operand(decay(b_g, b_r, unit), DOT)
-    return b_q * b_E, b_k * b_E
 
 
 @triton.jit
@@ -177,10 +176,10 @@ def kda_intra_kernel(
 ):  # fmt: skip
     """Aqk = scale tril(q k^T o D), w = Ai (beta exp2(g) k), u = Ai (beta v), kg = exp2(g_l - g) k.
 
-    g_l is the gate of the chunk's last token, Ai = Akk = (I + strict_tril(beta k k^T o D))^-1, D the
-    decay of each channel within the sums. One program, one warp: a chunk of 64 tokens of one head.
+    g_l is the gate of the chunk's last token, Ai = Akk = (I + strict_tril(beta k k^T o D))^-1, D
+    the decay of each channel within the sums. One program, one warp: 64 tokens of one head.
     Layouts: q, k, w, kg, gk [B, T, H, K], v and u [B, T, H, V], beta [B, T, H], Aqk and Akk
-    [B, T, H, 64]. gk is float32, summed within the chunk; unit is -1: of log2 to the exponents used.
+    [B, T, H, 64]. gk is float32, summed within the chunk; unit is -1, see decay.
     w holds beta exp2(g) k until the inverse is ready.
     IO is the dtype in which loaded tiles are multiplied (float32 under the interpreter only).
     """
@@ -198,7 +197,8 @@ def kda_intra_kernel(
     N2: tl.constexpr = 4 if ZERO_UPPER else 2
     o_1, o_2, o_3 = o_t + 16, o_t + 32, o_t + 48
 
-    # A row of blocks after the other: 9 fewer blocks are alive at once than in one pass over K.
+    # A row of blocks after the other, the last one in two parts: with more alive at once, registers
+    # spill. What is read again comes from L1.
     Q0, G00 = b_0, b_0
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
@@ -233,17 +233,22 @@ def kda_intra_kernel(
     Q2 = on_and_below_diagonal(Q2, scale)
     store_block_row(p_Q, H * 64, o_2, T, 4, Q0 * scale, Q1 * scale, Q2, b_0)
 
-    Q0, Q1, Q2, Q3, G30, G31, G32, G33 = b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0
+    Q2, Q3, G32, G33 = b_0, b_0, b_0, b_0
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
         Q3, G33, b_q, b_k, b_g = row_block(
             q, k, gk, p_b, w, kg, s, H, o_3, o_k, T, unit, Q3, G33, DOT, IO
         )
         b_r = load_gate_row(gk, s, 48, o_k, T)
-        b_q3, b_k3 = cut(b_q, b_k, b_g, b_r, unit, DOT)
-        Q2, G32 = left_block(k, gk, b_r, b_q3, b_k3, s, o_2, o_k, T, unit, Q2, G32, DOT, IO)
-        b_r = load_gate_row(gk, s, 32, o_k, T)
         b_q, b_k = cut(b_q, b_k, b_g, b_r, unit, DOT)
+        Q2, G32 = left_block(k, gk, b_r, b_q, b_k, s, o_2, o_k, T, unit, Q2, G32, DOT, IO)
+    Q0, Q1, G30, G31 = b_0, b_0, b_0, b_0
+    for i_k in tl.range(0, K, BK, num_stages=1):
+        o_k = i_k + tl.arange(0, BK)
+        b_q = operand(load_rows(q, s, o_3, o_k, T).to(IO), DOT)
+        b_k = operand(load_rows(k, s, o_3, o_k, T).to(IO), DOT)
+        b_r = load_gate_row(gk, s, 32, o_k, T)
+        b_q, b_k = cut(b_q, b_k, load_gates(gk, s, o_3, o_k, T), b_r, unit, DOT)
         Q0, G30 = left_block(k, gk, b_r, b_q, b_k, s, o_t, o_k, T, unit, Q0, G30, DOT, IO)
         Q1, G31 = left_block(k, gk, b_r, b_q, b_k, s, o_1, o_k, T, unit, Q1, G31, DOT, IO)
     Q3 = on_and_below_diagonal(Q3, scale)

@@ -41,7 +41,7 @@ def interpreter_bfloat16() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", HARD_INPUTS)
 def test_hard_inputs(name: str, dtype: torch.dtype) -> None:
-    check_kda(kda_inputs(HARD_INPUTS[name], 64, dtype=dtype))
+    check_kda(kda_inputs(HARD_INPUTS[name], 64, H=8, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_hard_inputs(name: str, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("name", STEEP_GATES)
 def test_steep_gates(name: str, keys: str, dtype: torch.dtype) -> None:
-    check_kda(kda_inputs(HARD_INPUTS[keys], 100, H=1, dtype=dtype, gates=STEEP_GATES[name]))
+    check_kda(kda_inputs(HARD_INPUTS[keys], 100, H=4, dtype=dtype, gates=STEEP_GATES[name]))
 
 
 @pytest.mark.parametrize("name", OUTSIDE_BOUND)
 def test_outside_the_bound_with_split_operands(name: str) -> None:
-    check_kda(kda_inputs(OUTSIDE_BOUND[name], 64, H=1), "mbh_bf16x3")
+    check_kda(kda_inputs(OUTSIDE_BOUND[name], 64, H=4), "mbh_bf16x3")
 
 
 @pytest.mark.parametrize("name", LENGTHS)

@@ -8,10 +8,12 @@ ARGS ?=
 
 RUN := .venv/bin/python
 PYTEST := $(RUN) -m pytest
+# One thread a process: the interpreter computes small blocks, and the processes share the cores.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval setup-test demo serve status doctor eval test lint test-cpu \
-	test-sglang test-e2e test-evals test-gpu clean
+	test-sglang test-e2e test-evals test-gpu docs clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,10 +55,10 @@ lint: setup-test  ## ruff
 	$(RUN) -m ruff format --check .
 
 test-cpu: setup-test  ## references, ops in Triton's interpreter, command line
-	$(PYTEST) tests/cpu
+	$(PARALLEL) tests/cpu
 
 test-sglang: setup-test  ## against the sources of SGLang's releases
-	$(PYTEST) tests/sglang
+	$(PARALLEL) tests/sglang
 
 test-e2e: setup-test  ## the real server
 	$(PYTEST) tests/e2e
@@ -65,7 +67,11 @@ test-evals: setup-test  ## tasks, statistics, gate; then the quick suite on real
 	$(PYTEST) tests/evals
 
 test-gpu: setup-test  ## the same ops compiled, on a machine with a GPU
-	$(PYTEST) tests/gpu
+	$(PYTEST) tests/gpu --gpu-report benchmarks/results/gpu-tests.json
+
+docs:  ## the documentation as a site, in build/site
+	@$(PYTHON) scripts/setup_env.py docs
+	$(RUN) -m mkdocs build --quiet
 
 clean:  ## remove .venv and what builds and tests left
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis *.egg-info \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ INVALID = 4
 SELFTEST_ARMS = (
     "off,bf16_rounding,dropped_block,transposed_block,last_merge,no_merges,wrong_sign,zero_u"
 )
-out = Console(highlight=False, soft_wrap=True)
+# Tables need more than the 80 columns that a pipe is taken to have.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 ModelOption = Annotated[str, typer.Option(help="Folder or hub id. Default: the embedded model.")]
@@ -175,11 +177,17 @@ def make_plan(
     from sglang_trinv import __version__
     from sglang_trinv.evals import harness
     from sglang_trinv.evals.plan import (
-        Plan, fingerprint, parse_arms, parse_model_args, settings,
+        Plan,
+        fingerprint,
+        parse_arms,
+        parse_model_args,
+        settings,
     )  # fmt: skip
     from sglang_trinv.evals.suites import SUITES
     from sglang_trinv.serve import config as serve_config
     from sglang_trinv.serve import tiny_model
+
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")  # lm-eval in this process; its own logs all
 
     if suite not in SUITES:
         raise EvalError(f"--suite: want {', '.join(SUITES)}, got {suite!r}")
@@ -189,9 +197,11 @@ def make_plan(
         raise EvalError(f"--model: lm-eval cannot take a comma or = in a path, got {model!r}")
     serve_config.check_model(model)
     names = tuple(filter(None, (t.strip() for t in tasks.split(",")))) or SUITES[suite].tasks
+    if not SUITES[suite].offline and not harness.hub_answers():
+        err.print("The Hugging Face hub cannot be reached: tasks need data that are here already.")
     harness.check_tasks(names)
     if not SUITES[suite].offline:
-        good, bad = harness.reachable(names)
+        good, bad = harness.reachable(names, {"tokenizer": model, **SUITES[suite].metadata})
         for task, why in bad.items():
             err.print(f"left out, its data cannot be had here: {task}: {why}", markup=False)
         if not good:

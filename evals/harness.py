@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from sglang_trinv.evals import tasks as our_tasks
 from sglang_trinv.evals.errors import EvalError
@@ -17,7 +20,7 @@ from sglang_trinv.evals.plan import Plan
 from sglang_trinv.evals.suites import SUITES, own_tasks
 
 STEP = re.compile(r"(Requesting API|Running loglikelihood|Running generate)[^\r\n]*?(\d+)/(\d+)")
-TAIL_LINES = 12
+HUB_TIMEOUT_S = 5.0
 NOISE = ("INFO", "WARNING", "it/s]")
 
 
@@ -53,7 +56,12 @@ def command(plan: Plan, url: str, folder: Path, concurrency: int) -> list[str]:
 
 def environment(offline: bool, environ: Mapping[str, str]) -> dict[str, str]:
     """lm-eval's environment: no proxy before our own server, few threads, the hub if needed."""
-    env = {**environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    env = {
+        **environ,
+        "LMEVAL_LOG_LEVEL": "INFO",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
     env["NO_PROXY"] = env["no_proxy"] = "127.0.0.1,localhost"
     if offline:
         env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -138,13 +146,31 @@ def _similar(task: str, known: set[str]) -> str:
     return f"; similar are {', '.join(close)}" if close else ""
 
 
-def reachable(tasks: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """Tasks whose data can be had from here, and why not of the others."""
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached; if not, this process stops trying.
+
+    Call it before anything imports the hub's client, which reads the variable once.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    if {"https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"} & os.environ.keys():
+        return True  # its own matter
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        with socket.create_connection((host.hostname or "", host.port or 443), HUB_TIMEOUT_S):
+            return True
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        return False
+
+
+def reachable(plan_tasks: tuple[str, ...], metadata: Mapping[str, Any]) -> tuple[list, dict]:
+    """Tasks whose data can be had from here, and of the others why not, by name."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(our_tasks.PATH))
+    manager = TaskManager(include_path=str(our_tasks.PATH), metadata=dict(metadata))
     good, bad = [], {}
-    for task in tasks:
+    for task in plan_tasks:
         try:
             manager.load([task])
         except Exception as error:

@@ -30,7 +30,7 @@ class Answers:
     arm: Arm
     record: dict[str, Any]
     documents: list[Document]
-    probe: Probe
+    probe: Probe | None  # None if a wrong inverse left the server unable to answer
 
     @classmethod
     def load(cls, arm: Arm, folder: Path) -> Answers:
@@ -40,7 +40,8 @@ class Answers:
         except (OSError, ValueError) as error:
             raise EvalError(f"{folder} is no finished arm: {error}") from None
         documents = samples.load(folder / "documents.jsonl")
-        return cls(arm, record, documents, Probe.load(folder / "probe.npz"))
+        answers = None if record.get("failed") else Probe.load(folder / "probe.npz")
+        return cls(arm, record, documents, answers)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def compare_runs(one: Path, two: Path, margins: Margins) -> Result:
 def _compare(
     name: str, one: Answers, two: Answers, suite: Suite, margins: Margins, expected: str = ""
 ) -> Comparison:
+    if failed := two.record.get("failed"):
+        return Comparison(name, one, two, Judgement(Verdict.INVALID, [failed]), expected)
     judgement = gate.judge(
         one.documents, two.documents, one.probe, two.probe, margins,
         suite.bounds_accuracy, suite.floors,
@@ -202,7 +205,7 @@ def noise_by_row(result: Result) -> dict[str, list[float | None]]:
     found = {}
     for comparison in result.comparisons:
         a, b = comparison.baseline.probe, comparison.candidate.probe
-        if comparison.judgement.probe:
+        if a is not None and b is not None and comparison.judgement.probe:
             rows = probe.by_row(a, b).tolist()
             found[comparison.name] = [None if row != row else row for row in rows]
     return found

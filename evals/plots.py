@@ -25,6 +25,7 @@ def forest(content: dict[str, Any]) -> Figure | None:
         axes.plot([low, high], [y, y], color="C0", lw=1.6)
         axes.plot(value, y, "o", color="C0", ms=5)
     names = [f"{name} (n = {n})" for name, n, _ in reversed(rows)]
+    axes.set_ylim(-0.8, len(rows) - 0.4)
     axes.set_yticks(range(len(rows)), names)
     axes.set_xlabel("change of the accuracy, percentage points, 90 % interval")
     axes.legend(loc="lower right", fontsize=8, frameon=False)

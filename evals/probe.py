@@ -97,6 +97,8 @@ def collect(answers: Sequence[dict[str, Any]], new_tokens: int) -> Probe:
             documents.append(number)
             positions.append(at)
             chosen.append(np.nan if token[0] is None else token[0])
+            if any(value is None for value, _, _ in top):  # JSON has no NaN
+                raise EvalError("a log probability of the probe is not a number")
             best = sorted(((value, name) for value, name, _ in top), reverse=True)[:TOP]
             best += [(-np.inf, -1)] * (TOP - len(best))
             ids.append([name for _, name in best])

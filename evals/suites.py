@@ -43,7 +43,7 @@ SUITES = {
             bounds_accuracy=False,
             max_length=512,
             concurrency={"cpu": 2, "cuda": 8},
-            probe_documents=6,
+            probe_documents=5,
             probe_new_tokens=4,
             probe_characters=64,
         ),

@@ -77,7 +77,8 @@ class Run:
         self.seeds, self.rates = candidates(args.candidates)
         self.best = -math.inf
         self.log: dict[str, Any] = {
-            "command": sys.argv, "python": platform.python_version(), "torch": torch.__version__,
+            "command": ["sglang_trinv.evals.train_tiny", *sys.argv[1:]],
+            "python": platform.python_version(), "torch": torch.__version__,
             "device": device_name(args.device), "minutes": args.minutes, "steps": None,
             "tokens_per_step": args.tokens, "data_seed": args.data_seed,
             "candidates": [{"seed": s, "lr": lr, "curve": []} for s, lr in

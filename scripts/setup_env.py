@@ -1,6 +1,6 @@
 """Make .venv for `make demo`, `serve`, `eval` and `test`; skip every step that is done.
 
-    python3 scripts/setup_env.py [run|eval|test]
+    python3 scripts/setup_env.py [run|eval|test|docs]
 
 Standard library only: the machine has nothing but Python, make and git. A step is done
 if its stamp holds the hash of what went into it, so a change of the pins installs again by itself.
@@ -53,7 +53,8 @@ class Step:
 def steps(goal: str, cuda: bool) -> list[Step]:
     """The steps of a machine with or without CUDA."""
     test = Step("test tools", "pytest, hypothesis, ruff",
-                ("-r", "requirements/test.txt"), ("requirements/test.txt",))  # fmt: skip
+                ("--no-deps", "-r", "requirements/test.txt"),
+                ("requirements/test.txt",))  # fmt: skip
     evals = Step("evals", "lm-eval, statistics, plots",
                  ("--no-deps", "-r", "requirements/evals.txt"),
                  ("requirements/evals.txt",))  # fmt: skip
@@ -77,7 +78,10 @@ def steps(goal: str, cuda: bool) -> list[Step]:
             Step("sglang-trinv", "this project and its CPU platform",
                  (*ours, *platform), ("pyproject.toml", "serve/cpu_platform")),
         ]  # fmt: skip
-    more = {"run": [], "eval": [evals], "test": [evals, test]}
+    docs = Step("docs", "mkdocs-material, mkdocstrings",
+                ("--no-deps", "-r", "requirements/docs.txt"),
+                ("requirements/docs.txt",))  # fmt: skip
+    more = {"run": [], "eval": [evals], "test": [evals, test], "docs": [docs]}
     return [*found, *more[goal]]
 
 

@@ -8,6 +8,7 @@ import torch
 from sglang_trinv.config import FAULTS, SERVER_FAULTS
 from sglang_trinv.reference import faults
 from sglang_trinv.reference.chunk import naive_fwd_intra
+from tests.cpu import calls
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,18 @@ def test_the_rest_of_the_step_is_exact(monkeypatch):
     for x, y in zip(found, truth, strict=True):
         assert x.dtype == torch.bfloat16
         assert (x.double() - y).norm() <= 1.2 * (y.bfloat16().double() - y).norm()
+
+
+@pytest.mark.parametrize("fault", ["no_merges", "bf16_rounding"])
+def test_the_setting_puts_it_in_the_kernels_place(process, fault):
+    """Counted as ours, never handed to stock, and as far from the truth as the fault is."""
+
+    def stock(*_):
+        raise AssertionError("stock was called")
+
+    call = calls.intra_call(T=150)
+    truth = naive_fwd_intra(*call[:6])[1]
+    _, u, _ = calls.run(call, stock, fault=fault, strict=True)
+    distance = float((u.double() - truth).norm() / truth.norm())
+    assert distance > 0.1 if fault == "no_merges" else 0 < distance < 0.02
+    assert sum(process.calls["fwd_intra"].values()) == 1

@@ -63,6 +63,11 @@ def test_answers_become_arrays():
     assert probes.divergence(found, found).max() < 1e-6
 
 
+def test_an_answer_without_numbers_is_refused():
+    with pytest.raises(EvalError, match="not a number"):
+        probes.collect([meta([None], 1)], new_tokens=1)
+
+
 def test_by_row_counts_from_the_chunk():
     off, on = probe(), probe()
     on.chosen[off.position == 65] += 0.5  # token 65 was predicted from row 0 of chunk 1

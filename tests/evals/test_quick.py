@@ -13,8 +13,8 @@ import pytest
 from sglang_trinv.serve.config import detect_device
 from tests.e2e.conftest import clean_environ
 
-pytestmark = pytest.mark.e2e
-TIMEOUT_S = 1500  # 6 minutes on two idle cores
+TIMEOUT_S = 1500  # for a machine that has other things to do
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(TIMEOUT_S + 60)]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,6 @@ def report(finished: tuple[Path, subprocess.CompletedProcess]) -> dict:
     return json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.timeout(TIMEOUT_S + 60)
 def test_the_verdict_is_equivalent(finished, report):
     _, done = finished
     assert (report["verdict"], report["reasons"]) == ("EQUIVALENT", [])
@@ -52,7 +51,7 @@ def test_both_arms_ran_what_they_say(report):
     assert on["fallbacks"] == 0
     (main,) = report["comparisons"]
     prompts = sum(task["n"] for task in main["tasks"]) + main["probe"]["documents"]
-    assert on["calls"] >= 3 * prompts  # one a GDN layer
+    assert on["calls"] * on["concurrency"] >= 3 * prompts  # one a GDN layer and prefill batch
 
 
 def test_the_servers_are_not_the_same_server(report):

@@ -5,46 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import shutil
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
-from sglang_trinv import cli
-from sglang_trinv.evals import cli as evals_cli
+from sglang_trinv.evals import arm as arm_module
 from sglang_trinv.evals import harness, plan, run, samples
 from sglang_trinv.evals.errors import EvalError
-from sglang_trinv.evals.plan import Plan, arms_of, opened, parse_arms, parse_model_args
+from sglang_trinv.evals.plan import arms_of, opened, parse_arms, parse_model_args
 from sglang_trinv.serve import tiny_model
 from sglang_trinv.serve.config import ServeError
-from tests.evals.conftest import documents, probe
-
-FIELDS = {
-    "suite": "quick", "tasks": ("gdn_quick",), "model": str(tiny_model.PATH), "fingerprint": "f",
-    "device": "cpu", "arms": ("off", "on"), "limit": None, "model_args": {}, "prefix_cache": False,
-    "flags": (), "settings": {}, "sglang": "0.5.20", "sglang_trinv": "0.1.0", "lm_eval": "0.4.13",
-}  # fmt: skip
-
-
-def make_plan(**changes) -> Plan:
-    return Plan(**{**FIELDS, **changes})
-
-
-def leave(plan, arm, folder, *_, correct=(True, False) * 20, record=None) -> None:
-    """What a finished arm leaves."""
-    folder.mkdir(parents=True, exist_ok=True)
-    samples.save(folder / "documents.jsonl", documents(correct, [-0.1] * len(correct)))
-    probe().save(folder / "probe.npz")
-    ours = arm.kernels == "ours"
-    content = {
-        "kind": arm.kind, "repeat": arm.repeat, "kernels": arm.kernels, "backend": arm.backend,
-        "concurrency": 2, "environ": arm.environ({}), "argv": ["--port", "1"], "calls": 9 * ours,
-        "fallbacks": 0, "status": [], "server": {"attention_backend": "x"}, "ready_s": 1.0,
-        "seconds": 2.0, "versions": {"sglang": "0.5.20"}, **(record or {}),
-    }  # fmt: skip
-    (folder / "arm.json").write_text(json.dumps(content))
+from tests.evals.runs import leave, make_plan
 
 
 @pytest.fixture
@@ -63,12 +39,14 @@ def test_arms_differ_by_what_they_are_called():
     assert bad.environ({}) == {
         "SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": "intra", "SGLANG_TRINV_FAULT": "no_merges",
     }  # fmt: skip
-    configs = [run.serve_config(make_plan(), arm, shared=False) for arm in (off, on)]
+    configs = [arm_module.serve_config(make_plan(), arm, shared=False) for arm in (off, on)]
     one, two = (c.model_dump(exclude={"port"}) for c in configs)
     assert one | {"kernels": "ours"} == two
     assert "--disable-radix-cache" in one["extra"]
     assert one["extra"][:2] == ("--linear-attn-prefill-backend", "triton")
-    cached = run.serve_config(make_plan(prefix_cache=True, flags=("--x", "1")), on, shared=True)
+    cached = arm_module.serve_config(
+        make_plan(prefix_cache=True, flags=("--x", "1")), on, shared=True
+    )
     assert "--disable-radix-cache" not in cached.extra
     assert cached.extra[-2:] == ("--x", "1")
 
@@ -119,7 +97,7 @@ def test_an_interrupted_arm_starts_afresh(tmp_path, monkeypatch, console):
 
     def once(plan, arm, folder, shared, stop, tell):
         ran.append(arm.name)
-        run.shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         if ran.count("1-on") == 1 and arm.kind == "on":
             folder.mkdir(parents=True)
             (folder / "documents.jsonl").write_text("half")
@@ -185,6 +163,24 @@ def test_the_disk_fills_up(tmp_path, monkeypatch, console):
         run.run_arms(make_plan(), tmp_path, 1, console)
 
 
+def test_an_arm_fails_in_a_way_that_nobody_thought_of(tmp_path, monkeypatch, console):
+    monkeypatch.setattr(run, "run_arm", lambda *_: {}["x"])
+    with pytest.raises(EvalError, match="arm 0-off: KeyError: 'x'"):
+        run.run_arms(make_plan(), tmp_path, 1, console)
+
+
+def test_tokenizers_load_side_by_side():
+    """In a fresh process: transformers' lazy imports are not safe in threads."""
+    code = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor as P\n"
+        "from sglang_trinv.evals.arm import token_counter\n"
+        "print(*P(4).map(lambda _: token_counter(sys.argv[1])('abc'), range(4)))"
+    )
+    argv = [sys.executable, "-c", code, str(tiny_model.PATH)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["3"] * 4, done.stderr
+
+
 def test_one_arm_fails_and_the_others_stop(tmp_path, monkeypatch, console):
     stopped = threading.Event()
 
@@ -227,96 +223,45 @@ def test_progress_is_lm_evals_own_count(tmp_path):
     assert harness.latest(log) == "4/120 requests"
 
 
-def invoke(*arguments):
-    found = CliRunner().invoke(cli.app, list(arguments))
-    assert "Traceback" not in found.output
-    return found
+def server_that(answers):
+    """A stand-in for serve.launch.Server; ``answers`` is raised when it is asked."""
+
+    class Fake:
+        def __init__(self, config, run_dir, environ):
+            self.command = SimpleNamespace(argv=("python", "--api-key", "secret", "--port", "1"))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            Fake.stopped = True
+
+        wait_healthy = staticmethod(lambda *_: 1.0)
+        verify = staticmethod(lambda: SimpleNamespace(kind="live", message=""))
+        check_alive = staticmethod(lambda: None)
+
+    def ask(*_):
+        raise answers
+
+    return Fake, ask
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("--suite", "huge"), "--suite: want quick, tiny, real, got 'huge'"),
-        (("--suite", "quick", "--model", "/nowhere"), "--model: want a model folder"),
-        (("--tasks", "gdn_overwrit"), "knows no task 'gdn_overwrit'; similar are gdn_overwrite"),
-        (("--model-args", "max_lenght=5"), "--model-args: want"),
-        (("--arms", "off,oof"), "--arms: want"),
-    ],
-)
-def test_what_the_user_gets_wrong_is_one_line_and_exit_4(tmp_path, arguments, said):
-    found = invoke("eval", *arguments, "--out", str(tmp_path / "out"))
-    assert found.exit_code == evals_cli.INVALID == 4
-    assert said in found.output
-    assert found.output.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def finished_run(folder, arms=("off", "on"), record=None, **changes):
-    made = make_plan(arms=arms, **changes)
-    with opened(folder, made):
-        for arm in arms_of(made.arms):
-            leave(made, arm, folder / "arms" / arm.name, record=record)
-
-
-def test_compare_judges_again_and_writes_a_report(tmp_path):
-    finished_run(tmp_path / "a")
-    found = invoke("compare", str(tmp_path / "a"))
-    assert found.exit_code == 0, found.output
-    report = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert (report["verdict"], report["exit_code"]) == ("EQUIVALENT", 0)
-    page = (tmp_path / "a" / "report.html").read_text()
-    assert "EQUIVALENT" in page
-    assert page.count("data:image/png") == 2
-    assert "http://" not in page
-
-
-def test_compare_of_two_runs(tmp_path):
-    finished_run(tmp_path / "a")
-    finished_run(tmp_path / "b")
-    a, b, out = (str(tmp_path / name) for name in "abc")
-    assert invoke("compare", a, b, "--out", out).exit_code == 0
-    found = invoke("compare", a, b)
-    assert (found.exit_code, "--out: want" in found.output) == (4, True)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [({"tasks": ("gdn_niah",)}, "tasks"), ({"fingerprint": "g"}, "fingerprint")],
-)
-def test_runs_of_different_documents_are_not_compared(tmp_path, change, said):
-    finished_run(tmp_path / "a")
-    finished_run(tmp_path / "b", **change)
-    found = invoke("compare", *(str(tmp_path / n) for n in "ab"), "--out", str(tmp_path / "c"))
-    assert found.exit_code == 4
-    assert f"error: {said}: " in found.output
-    assert not (tmp_path / "c" / "report.json").exists()
-
-
-def test_compare_of_no_run(tmp_path):
-    found = invoke("compare", str(tmp_path))
-    assert (found.exit_code, "has no plan.json" in found.output) == (4, True)
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        ({"fallbacks": 2}, "stock answered 2 calls"),
-        ({"calls": 5}, "our kernels were called 5 times"),
-        ({"calls": 0}, "our kernels were not called"),
-    ],
-)
-def test_arms_that_did_not_run_what_they_say(tmp_path, record, said):
-    finished_run(tmp_path, record=record)
-    found = invoke("compare", str(tmp_path))
-    assert (found.exit_code, said in found.output) == (4, True)
-
-
-def test_a_blind_suite_is_invalid(tmp_path):
-    """A wrong inverse that gets the same answers: the gate would see nothing."""
-    finished_run(tmp_path, arms=("off", "on", "no_merges"))
-    found = invoke("compare", str(tmp_path))
-    assert found.exit_code == 4
-    assert "unless the gate rejects it, but no_merges is EQUIVALENT" in found.output
-    assert json.loads((tmp_path / "report.json").read_text())["comparisons"][0]["verdict"] == (
-        "EQUIVALENT"
-    )
+@pytest.mark.parametrize("kind", ["on", "wrong_sign"])
+def test_an_arm_that_cannot_answer(tmp_path, monkeypatch, kind):
+    fake, ask = server_that(EvalError("lm-eval ended with status 1: TypeError"))
+    monkeypatch.setattr(arm_module, "Server", fake)
+    monkeypatch.setattr(arm_module, "ask", ask)
+    monkeypatch.setattr(arm_module, "check", lambda *_: None)
+    monkeypatch.setattr(arm_module, "SETTLE_S", 0)
+    arm = arms_of(("off", kind))[1]
+    arguments = make_plan(), arm, tmp_path / "arm", False, threading.Event(), lambda *_: None
+    if kind == "on":
+        with pytest.raises(EvalError, match="TypeError"):
+            arm_module.run_arm(*arguments)
+        assert not (tmp_path / "arm" / "arm.json").exists()
+    else:
+        arm_module.run_arm(*arguments)
+        record = json.loads((tmp_path / "arm" / "arm.json").read_text())
+        assert "TypeError" in record["failed"]
+        assert "secret" not in json.dumps(record)
+    assert fake.stopped

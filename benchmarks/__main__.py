@@ -1,4 +1,4 @@
-"""`python -m benchmarks intra | prefill | resources | tables`."""
+"""`python -m benchmarks intra | prefill | resources | serve | tables`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def main() -> int:
     prefill.add_argument("--rounds", type=int, default=20, help="timed calls each (default: 20)")
     resources = commands.add_parser("resources", help="compile for every architecture, no GPU")
     resources.add_argument("--out", type=Path, default=RESULTS / "resources.json")
+    _serve_options(commands.add_parser("serve", help="whole servers: time to first token"))
     commands.add_parser("tables", help="write docs/performance.md from the results")
     arguments = parser.parse_args()
     if arguments.command == "tables":
@@ -42,6 +43,8 @@ def main() -> int:
         return 0
     if arguments.command == "resources":
         return _resources(arguments.out)
+    if arguments.command == "serve":
+        return _serve(parser, arguments)
     import torch
 
     if not torch.cuda.is_available():
@@ -67,17 +70,57 @@ def main() -> int:
     )  # fmt: skip
 
 
+def _serve_options(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument("--out", type=Path, default=RESULTS / "serve-h200.json")
+    serve.add_argument("--model", action="append", help="default: qwen3.5-4b; may be repeated")
+    serve.add_argument("--arms", default="triton,flashinfer,intra,full")
+    serve.add_argument("--lengths", default="2048,8192,32768", help="prompt tokens")
+    serve.add_argument("--concurrency", default="1,16", help="requests at once")
+    serve.add_argument("--rounds", type=int, default=3, help="measurements each (default: 3)")
+    serve.add_argument("--requests", type=int, default=4, help="in one, at concurrency 1")
+    serve.add_argument("--minutes", type=float, default=60, help="start no model after so long")
+    serve.add_argument("flags", nargs="*", metavar="-- FLAG", help="SGLang's, for every arm")
+
+
+def _serve(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    from benchmarks import serve, serve_models
+
+    plans = []
+    for model in arguments.model or ["qwen3.5-4b"]:
+        if model not in serve_models.SHAPES:
+            parser.error(f"--model: want one of {', '.join(serve_models.SHAPES)}, got {model}")
+        arms = tuple(arguments.arms.split(","))
+        if not set(arms) <= serve.ARMS.keys():
+            parser.error(f"--arms: want some of {','.join(serve.ARMS)}, got {arguments.arms}")
+        numbers = {}
+        for option in ("lengths", "concurrency"):
+            words = getattr(arguments, option).split(",")
+            if not all(word.isdigit() and int(word) for word in words):
+                parser.error(f"--{option}: want numbers above 0, got {getattr(arguments, option)}")
+            numbers[option] = tuple(map(int, words))
+        for option in ("rounds", "requests"):
+            if getattr(arguments, option) < 1:
+                parser.error(f"--{option}: want 1 or more, got {getattr(arguments, option)}")
+            numbers[option] = getattr(arguments, option)
+        plans.append(serve.Plan(model, arms, flags=tuple(arguments.flags), **numbers))
+    return serve.main(plans, arguments.out, arguments.minutes)
+
+
 def _resources(out: Path) -> int:
+    import multiprocessing
+    import os
+    from concurrent.futures import ProcessPoolExecutor
+
     import triton
 
     from benchmarks import report
     from benchmarks.resources import ARCHITECTURES, KERNELS, compile_kernel
 
-    rows = []
-    for name in KERNELS:
-        for arch in ARCHITECTURES:
-            rows.append(compile_kernel(name, arch).as_dict())
-            print(json.dumps(rows[-1]), flush=True)
+    names = [name for name in KERNELS for _ in ARCHITECTURES]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        compiled = pool.map(compile_kernel, names, [*ARCHITECTURES] * len(KERNELS))
+        rows = [resources.as_dict() for resources in compiled]
     found = {"triton": triton.__version__, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")

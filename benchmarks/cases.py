@@ -123,6 +123,9 @@ def build(case: Case, device: str = "cuda") -> Inputs:
     channels = (K,) if case.op == KDA else ()
     g = -torch.nn.functional.softplus(random(case.hv, *channels) - 3)
     g = chunk_local_cumsum(g, cu_seqlens) * (math.log2(math.e) if case.op == KDA else 1)
-    A = (0.1 * random(case.hv, BT)) if case.op == "solve_tril" else None
+    A = None
+    if case.op == "solve_tril":  # strictly lower: SGLang and fla also read the other half
+        row = torch.arange(case.tokens, device=device)[:, None, None] % BT
+        A = torch.where(torch.arange(BT, device=device) < row, 0.1 * random(case.hv, BT), 0.0)
     beta = random(case.hv).sigmoid()
     return Inputs(q, k, random(case.hv, V).bfloat16(), g.float(), beta, A, cu_seqlens)

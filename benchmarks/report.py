@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import serve_report
 from benchmarks.cases import Case
 
 Row = dict[str, Any]
@@ -118,6 +119,10 @@ def performance(results: Path) -> str:
         found = json.loads(path.read_text())
         parts += [f"## Intra-chunk ops: {found['provenance']['gpu']}", "", _origin(path, found)]
         parts += ["", NOTE, "", table(found), "", f"![Roofline](../{_shown(path)}.png)", ""]
+    for path in sorted(results.glob("serve-*.json")):
+        found = json.loads(path.read_text())
+        parts += [f"## Servers: {found['provenance']['gpu']}", "", serve_report.NOTE, ""]
+        parts += [serve_report.table(found), "", f"![Servers](../{_shown(path)}.png)", ""]
     path = results / "resources.json"
     if path.is_file():
         parts += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,6 +55,14 @@ def build(
             if flag_value(config.extra, flag) is None:
                 argv += [flag] if value is None else [flag, value]
     return Command((*argv, *config.extra), environment(config, run_dir, environ))
+
+
+def spell(config: ServeConfig) -> str:
+    """The command line of ``config`` for a shell, with the variables that are set for it."""
+    made = build(config, Path(), {}, python="python")
+    del made.env["SGLANG_TRINV_RUN_DIR"]  # the plugin makes one
+    words = [f"{name}={shlex.quote(value)}" for name, value in made.env.items()]
+    return " ".join([*words, shlex.join(made.argv)])
 
 
 def environment(config: ServeConfig, run_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:

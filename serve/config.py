@@ -71,6 +71,13 @@ def detect_device() -> Device:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def gpus() -> int:
+    """How many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def check(config: ServeConfig, environ: Mapping[str, str]) -> None:
     """Refuse what is known to fail, before a minute of start-up.
 

@@ -16,6 +16,7 @@ import torch
 
 from sglang_trinv import status
 from sglang_trinv.reference.chunk import naive_fwd_intra, naive_solve_tril
+from sglang_trinv.reference.kda import naive_kda_intra
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +142,36 @@ def compare_solve_tril(
     return (Comparison("Ai", *(totals[kind].value() for kind in ("to_stock", *_KINDS))),)
 
 
+@torch.no_grad()
+def compare_kda_intra(
+    call: tuple[Any, ...], ours: tuple[Any, ...], stock: tuple[Any, ...]
+) -> tuple[Comparison, ...]:
+    """Distances of w, u and kg of ``ours`` and ``stock`` to the float64 result of ``call``."""
+    q, k, v, gk, beta, scale, cu_seqlens, chunk_size, *_ = call
+    rows = slice(0, k.shape[1] if cu_seqlens is None else int(cu_seqlens[-1]))
+    totals = {(name, kind): _Distance() for name in KDA for kind in ("to_stock", *_KINDS)}
+    for i_h in range(k.shape[2]):
+        head = slice(i_h, i_h + 1)
+        parts = (x[:, rows, head] for x in (q, k, v, gk, beta))
+        truth = naive_kda_intra(*parts, scale, cu_seqlens, chunk_size)
+        for name, i in KDA.items():
+            t, b_ours, b_stock = truth[i - (i > 2)], ours[i][:, rows, head], stock[i][:, rows, head]
+            totals[name, "to_stock"].add(b_ours, b_stock)
+            totals[name, "ours"].add(b_ours, t)
+            totals[name, "stock"].add(b_stock, t)
+            totals[name, "rounding"].add(t.to(b_ours.dtype), t)
+    return tuple(
+        Comparison(name, *(totals[name, kind].value() for kind in ("to_stock", *_KINDS)))
+        for name in KDA
+    )
+
+
+KDA = {"w": 0, "u": 1, "kg": 3}  # place in what chunk_kda_fwd_intra returns
 _KINDS = ("ours", "stock", "rounding")
 COMPARE: dict[str, Callable[..., tuple[Comparison, ...]]] = {
     "fwd_intra": compare,
     "solve_tril": compare_solve_tril,
+    "kda_intra": compare_kda_intra,
 }
 
 

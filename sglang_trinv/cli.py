@@ -17,6 +17,8 @@ from typer.core import TyperGroup
 from sglang_trinv import __version__, maintenance, runs
 from sglang_trinv.errors import TrinvError
 from sglang_trinv.evals import cli as evals_cli
+from sglang_trinv.serve import bundle_cli
+from sglang_trinv.study import cli as study_cli
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,8 +50,11 @@ app = typer.Typer(
 )
 
 
+app.add_typer(bundle_cli.commands, name="bundle")
 app.command()(maintenance.patch)
 app.command()(maintenance.compat)
+app.command(context_settings={"allow_extra_args": True})(maintenance.bench_one_batch)
+app.command()(study_cli.study)
 
 
 def _version(value: bool) -> None:
@@ -76,34 +81,73 @@ def serve(
     kernels: Annotated[str, typer.Option(help="ours, or stock: SGLang's own.")] = "ours",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 30000,
+    preset: Annotated[
+        str, typer.Option(help="Model and flags of SGLang's cookbook: qwen3.5-4b, ...")
+    ] = "",
+    without: Annotated[
+        list[str] | None, typer.Option(help="A flag of the preset to leave out.")
+    ] = None,
+    ab: Annotated[
+        bool, typer.Option("--ab", help="Also serve stock kernels, at the next port.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be run, and stop.")
+    ] = False,
 ) -> None:
     """Serve a model through SGLang until Ctrl-C. SGLang's own flags go after `--`.
 
     Runs on the GPU if there is one, otherwise on the CPU platform, which `make` installs.
     """
+    from sglang_trinv.serve import ab as both
     from sglang_trinv.serve import config as serve_config
-    from sglang_trinv.serve import tiny_model
-    from sglang_trinv.serve.launch import Server, stop_on_signals
+    from sglang_trinv.serve import presets, tiny_model
+    from sglang_trinv.serve.launch import stop_on_signals
 
+    extra, device = tuple(context.args), serve_config.detect_device()
+    if ab and kernels != "ours":
+        raise TrinvError(f"--ab: serves both kernels; want no --kernels, got {kernels}")
+    if preset:
+        found = presets.find(preset)
+        if device == "cpu" and not dry_run:
+            raise TrinvError("--preset: want a GPU, found none (--dry-run shows the command)")
+        device = "cuda"
+        extra = presets.merge(found, extra, without or ())
+        model = model or found.model
+        err.print(f"Preset {preset}: {found.source}", markup=False)
+    elif without:
+        raise TrinvError("--without: want a --preset to leave flags out of")
     config = serve_config.ServeConfig(
         model=model or str(tiny_model.PATH),
         kernels=kernels,
-        device=serve_config.detect_device(),
+        device=device,
         host=host,
         port=port,
-        extra=tuple(context.args),
+        extra=extra,
     )
-    serve_config.check(config, os.environ)
+    configs = both.arms(config, serve_config.gpus()) if ab else (config,)
+    if dry_run:
+        return _show_commands(configs)
+    for each in configs:
+        serve_config.check(each, os.environ)
     serving = False
     try:
-        with stop_on_signals(), Server(config, runs.new_run_dir()) as server:
-            start(server, err)
-            _announce(server.verify(), config.url)
+        with stop_on_signals(), both.servers(configs, lambda server: start(server, err)) as servers:
+            for server in servers:
+                _announce(server.verify(), server.config.url)
             serving = True
-            server.wait(lambda line: out.print(line, markup=False))
+            if ab:
+                both.wait(servers, lambda line: out.print(line, markup=False))
+            servers[0].wait(lambda line: out.print(line, markup=False))
     except KeyboardInterrupt:
         err.print("Stopped.")
         raise typer.Exit(0 if serving else 130) from None
+
+
+def _show_commands(configs: tuple[Any, ...]) -> None:
+    from sglang_trinv.serve import command
+
+    for config in configs:
+        typer.echo(command.spell(config))
 
 
 def start(server: Any, console: Console) -> None:

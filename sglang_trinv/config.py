@@ -50,12 +50,6 @@ def _folder(raw: Any) -> Any:
     return raw
 
 
-def _gdn(raw: Any) -> Any:
-    if raw == "full":
-        raise ValueError("want auto, intra or off (full, the whole prefill, is yet to come)")
-    return raw
-
-
 def _fault(raw: Any) -> Any:
     if raw not in FAULTS:
         raise ValueError(f"want nothing, or for tests one of {', '.join(FAULTS[1:])}")
@@ -74,9 +68,7 @@ class Config(BaseModel):
     method: Literal["auto", "mbh_fp16", "mbh_fp16x2", "mbh_tf32", "mbh_tf32x3", "mbh_bf16x3"] = (
         Field("auto", alias=f"{PREFIX}_METHOD")
     )
-    gdn: Annotated[Literal["auto", "intra", "off"], BeforeValidator(_gdn)] = Field(
-        "auto", alias=f"{PREFIX}_GDN"
-    )
+    gdn: Literal["auto", "intra", "full", "off"] = Field("auto", alias=f"{PREFIX}_GDN")
     kda: Literal["intra", "off"] = Field("off", alias=f"{PREFIX}_KDA")
     force: Flag = Field(False, alias=f"{PREFIX}_FORCE")
     strict: Flag = Field(False, alias=f"{PREFIX}_STRICT")
@@ -88,7 +80,8 @@ class Config(BaseModel):
 
     @property
     def gdn_mode(self) -> Literal["intra", "off"]:
-        """``gdn`` with ``auto`` resolved: the widest replacement that exists."""
+        """Whether the intra-chunk step is replaced: also under the whole prefill, which falls back
+        to SGLang's chain."""
         return "off" if self.gdn == "off" else "intra"
 
     @classmethod

@@ -93,6 +93,15 @@ def fwd_intra(
     return answer("fwd_intra", run, k.device, call, stock, config)
 
 
+def solve_tril_method(method: str, result: torch.dtype) -> str:
+    """What "auto" means for a ``solve_tril`` that we replace.
+
+    SGLang's and fla's multiply in float32 even for a bfloat16 result. Rounding A to 11 bits first,
+    the op's own choice there, would be 1.4 times their error on near-equal keys.
+    """
+    return "mbh_fp16x2" if method == "auto" and result == torch.bfloat16 else method
+
+
 def solve_tril(
     call: tuple[Any, ...],
     *,
@@ -109,7 +118,7 @@ def solve_tril(
     Raises:
         UnsupportedCall: in strict mode, in place of a call that stock would answer.
     """
-    A = call[0]
+    A, method = call[0], solve_tril_method(config.method, call[2])
     capability = _capability(A.device.index) if A.is_cuda else LEAST_CAPABILITY
     if capability < LEAST_CAPABILITY:
         reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
@@ -118,11 +127,40 @@ def solve_tril(
     def run() -> Any:
         if config.fault in faults.INVERSES:
             raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
-        Ai = ops.solve_tril(*call, chunk_indices=chunk_indices, method=config.method)
+        Ai = ops.solve_tril(*call, chunk_indices=chunk_indices, method=method)
         inject.after_call(config.fault, Ai)  # u = Ai (beta v) is what the faults are named after
         return Ai
 
     return answer("solve_tril", run, A.device, call, stock, config)
+
+
+def kda_intra(
+    call: tuple[Any, ...], *, stock: Callable[..., Any], config: Config
+) -> tuple[torch.Tensor | None, ...]:
+    """Answer one call of ``chunk_kda_fwd_intra``; the op itself refuses what it cannot compute.
+
+    Args:
+        call: its twelve arguments in SGLang's order.
+        stock: SGLang's function.
+    Returns:
+        (w, u, None, kg, Aqk, None): nobody reads Akk.
+    Raises:
+        UnsupportedCall: in strict mode, in place of a call that stock would answer.
+    """
+    k = call[1]
+    capability = _capability(k.device.index) if k.is_cuda else LEAST_CAPABILITY
+    if capability < LEAST_CAPABILITY:
+        reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
+        return _fall_back(reason, call, stock, config)
+
+    def run() -> Any:
+        if config.fault in faults.INVERSES:
+            raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
+        result = ops.chunk_kda_fwd_intra(*call, method=config.method, return_A=False)
+        inject.after_call(config.fault, result[1])
+        return result
+
+    return answer("kda_intra", run, k.device, call, stock, config)
 
 
 def answer(

@@ -71,7 +71,29 @@ def solve_tril_adapter(
     return solve_tril
 
 
-ADAPTERS = {"fwd_intra": fwd_intra_adapter, "solve_tril": solve_tril_adapter}
+def kda_intra_adapter(stock: Callable[..., Any], config: Config) -> Callable[..., Any]:
+    """Wrap ``chunk_kda_fwd_intra``. SGLang drops Akk, so None is returned in its place."""
+
+    @functools.wraps(stock)
+    def chunk_kda_fwd_intra(
+        q, k, v, gk=None, beta=None, scale=None, cu_seqlens=None, chunk_size=64,
+        chunk_indices=None, safe_gate=False, fuse_recompute=False, fuse_diagonal=False,
+    ):  # fmt: skip
+        call = (
+            q, k, v, gk, beta, scale, cu_seqlens, chunk_size, chunk_indices, safe_gate,
+            fuse_recompute, fuse_diagonal,
+        )  # fmt: skip
+        return dispatch.kda_intra(call, stock=stock, config=config)
+
+    setattr(chunk_kda_fwd_intra, MARK, True)
+    return chunk_kda_fwd_intra
+
+
+ADAPTERS = {
+    "fwd_intra": fwd_intra_adapter,
+    "solve_tril": solve_tril_adapter,
+    "kda_intra": kda_intra_adapter,
+}
 
 
 def is_ours(function: Any) -> bool:

@@ -76,17 +76,21 @@ class Installer:
         if self.patch is not None and getattr(runner, "is_draft_worker", False):
             return None  # a draft model shares the target's pool and adapters
         # Here, so that a failing import of the kernels is handled like any other failure.
-        from sglang_trinv import hooks, inject, selfcheck, warmup
+        from sglang_trinv import cache, dispatch, hooks, inject, selfcheck, warmup
 
         return_A = _third_result_is_read(target)
         shape, layers = warmup.shape_of(runner, gdn_config)
+        method = config.method
+        if target.adapter == "solve_tril":
+            method = dispatch.solve_tril_method(method, shape.dtype)
         patched = self.patch
         stock, modules = (patched.stock, patched.modules) if patched else targets.resolve(target)
         if shape not in self.warm:
             start = time.perf_counter()
+            cache.ensure_writable()
             inject.at_compile(config.fault)
-            warmup.warm_up(shape, config.method, return_A, target.adapter)
-            checked = selfcheck.run(target.adapter, shape, config.method, stock, config.fault)
+            warmup.warm_up(shape, method, return_A, target.adapter)
+            checked = selfcheck.run(target.adapter, shape, method, stock, config.fault)
             status.current().update(self_check=checked)
             self.warm.add(shape)
             self.warmup_s += time.perf_counter() - start
@@ -106,7 +110,7 @@ class Installer:
             reason="",
             layers={"gdn": layers, "kda": None},
             warmup_s=round(self.warmup_s, 3),
-            **_device(shape.device),
+            **describe_device(shape.device),
         )
         return None
 
@@ -200,7 +204,7 @@ def off_hot_path(prefill_backend: str) -> str:
     )
 
 
-def _device(device: str) -> dict[str, str | None]:
+def describe_device(device: str) -> dict[str, str | None]:
     """The ``device`` and ``sm`` fields of the status."""
     if torch.device(device).type != "cuda":
         return {"device": "cpu, Triton interpreter", "sm": None}

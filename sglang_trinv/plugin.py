@@ -88,11 +88,13 @@ def _install_then_build(
     original_fn: Callable[..., Any], runner: Any, full_attn_backend: Any, *, config: Any
 ) -> Any:
     # Imported here, in the scheduler alone: the other processes need neither Triton nor torch.
-    from sglang_trinv import install
+    from sglang_trinv import install, install_full, install_kda
 
     install.install_once(runner, config)
     backend = original_fn(runner, full_attn_backend)
     install.announce(runner, backend)
+    install_full.install_once(runner, backend, config)
+    install_kda.install_once(runner, backend, config)
     install.compare_ranks(config)
     return backend
 

@@ -139,6 +139,25 @@ def _solve_tril(shape: Shape, method: str, stock: Callable[..., Any], fault: str
     ]
 
 
+def _kda_intra(shape: Shape, method: str, stock: Callable[..., Any], fault: str) -> list[Result]:
+    """The same inputs, every channel with the decay of its head, in base 2 as KDA has it."""
+    k, v, g, beta, starts, _, chunk_indices = fwd_intra_call(shape)
+    k = k.repeat_interleave(shape.H // shape.Hg, 2).contiguous()
+    gk = (g * math.log2(math.e))[..., None].expand(k.shape).contiguous()
+    rest = (CHUNK_SIZE, chunk_indices, False, False, False)
+    call = (k, k, v, gk, beta, shape.K**-0.5, starts, *rest)
+    ours = ops.chunk_kda_fwd_intra(*call, method=method, return_A=False)
+    inject.at_self_check(fault, ours[1])
+    theirs = stock(*call)
+    results = []
+    for kind, (begin, end) in _spans(starts):
+        q, k1, v1, gk1, beta1 = (x[:, begin:end] for x in (k, k, v, gk, beta))
+        part = (q, k1, v1, gk1, beta1, call[5], None, CHUNK_SIZE)
+        cut = [[x if x is None else x[:, begin:end] for x in found[:4]] for found in (ours, theirs)]
+        results.append(Result(kind.name, check.compare_kda_intra(part, *cut)))
+    return results
+
+
 def _spans(starts: torch.Tensor) -> list[tuple[Kind, tuple[int, int]]]:
     ends = starts.tolist()
     return list(zip(KINDS, zip(ends, ends[1:], strict=False), strict=True))
@@ -147,6 +166,7 @@ def _spans(starts: torch.Tensor) -> list[tuple[Kind, tuple[int, int]]]:
 RUN: dict[str, Callable[[Shape, str, Callable[..., Any], str], list[Result]]] = {
     "fwd_intra": _fwd_intra,
     "solve_tril": _solve_tril,
+    "kda_intra": _kda_intra,
 }
 
 

@@ -176,7 +176,7 @@ def kda_refusal(release: str) -> str:
         return f"KDA is refused: SGLang {release} has no chunk_kda_fwd_intra that could be replaced"
     return (
         f"KDA is refused: SGLang {release} hands gates in natural logarithms to kernels that take "
-        f"them in base 2; right from {FIRST_WITH_RIGHT_KDA} on (sgl-project/sglang pull request 31904)"
+        f"them in base 2; right from {FIRST_WITH_RIGHT_KDA} on (sglang pull request 31904)"
     )
 
 

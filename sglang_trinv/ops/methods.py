@@ -11,7 +11,8 @@ from sglang_trinv.errors import UnsupportedCall
 #: Method -> operand precision of its products. All are MBH (block doubling) and accumulate in
 #: float32. The x3 methods split each operand in two: for keys longer than 1 or beta above 1, where
 #: the inverse is no longer bounded (docs/numerics.md#bound). "auto" goes by the result's dtype
-#: (AUTO): fp16 products err far less than rounding to bfloat16, but as much as rounding to float16.
+#: (AUTO): fp16 products err far less than rounding to bfloat16, but as much as rounding to float16,
+#: where fp16x2 splits one operand.
 METHODS = {
     "auto": "",
     "mbh_fp16": "fp16",
@@ -23,7 +24,7 @@ METHODS = {
 
 AUTO = {
     torch.bfloat16: "mbh_fp16",
-    torch.float16: "mbh_bf16x3",
+    torch.float16: "mbh_fp16x2",
     torch.float32: "mbh_bf16x3" if torch.version.hip else "mbh_tf32x3",
 }
 

@@ -162,6 +162,39 @@ def test_doctor_sees_a_changed_target(monkeypatch):
     assert "want (a), got (b)" in check.detail
 
 
+def test_doctor_with_the_numeric_check(monkeypatch):
+    monkeypatch.setattr(serve_config, "detect_device", lambda: "cpu")
+    assert doctor._run("numeric self-check", doctor._numeric) == doctor.Check(
+        "numeric self-check", False, "--gpu: want a CUDA GPU, found none"
+    )
+    monkeypatch.setattr(serve_config, "detect_device", lambda: "cuda")
+    good = {"shape": "K128", "method": "auto", "seconds": 1, "cases": [{"kind": "x", "ratio": 0.4}]}
+    bad = {"shape": "K64", "error": "SelfCheckFailed: u is wrong"}
+
+    def answers(returncode, *lines):
+        out = "".join(f"{json.dumps(line)}\n" for line in lines)
+        done = subprocess.CompletedProcess((), returncode, f"warning\n{out}", "Boom\nlast words")
+        monkeypatch.setattr(doctor, "_python", lambda *_, env: done)
+        return doctor._run("x", doctor._numeric)
+
+    assert answers(0, good).ok
+    assert "x 0.40" in answers(0, good).detail
+    assert answers(1, good, bad) == doctor.Check("x", False, "K64: SelfCheckFailed: u is wrong")
+    assert answers(-11) == doctor.Check("x", False, "last words")
+
+
+def test_doctor_reports_for_a_bug_report(monkeypatch):
+    monkeypatch.setenv("SGLANG_TRINV_CHECK", "3")
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    report = doctor.report([])
+    assert report["settings"]["SGLANG_TRINV_CHECK"] == "3"
+    assert report["processes"] == []
+    write_status(runs.new_run_dir(), os.getpid())
+    report = doctor.report([])
+    assert report["processes"][0]["state"] == "installed"
+    assert "sesame" not in json.dumps(report)
+
+
 def test_status(tmp_path):
     assert "no run in" in refused("status")
     assert "no folder" in refused("status", "--run-dir", "/nowhere")

@@ -65,8 +65,7 @@ def test_reads_the_process_and_nothing_else(clean_env: pytest.MonkeyPatch) -> No
             "want auto, mbh_fp16, mbh_fp16x2, mbh_tf32, mbh_tf32x3 or mbh_bf16x3",
         ),
         (f"{V}_METHOD", "", "want auto, mbh_fp16, mbh_fp16x2, mbh_tf32, mbh_tf32x3 or mbh_bf16x3"),
-        (f"{V}_GDN", "on", "want auto, intra or off"),
-        (f"{V}_GDN", "full", "want auto, intra or off (full, the whole prefill, is yet to come)"),
+        (f"{V}_GDN", "on", "want auto, intra, full or off"),
         (f"{V}_KDA", "on", "want intra or off"),
         (f"{V}_CHECK", "-1", "want a whole number, 0 or more"),
         (f"{V}_CHECK", "1.5", "want a whole number, 0 or more"),
@@ -105,6 +104,7 @@ def test_several_mistakes_make_one_line() -> None:
 def test_modes_resolve() -> None:
     assert Config().gdn_mode == "intra"
     assert Config(gdn="intra").gdn_mode == "intra"
+    assert Config(gdn="full").gdn_mode == "intra"
     assert Config(gdn="off").gdn_mode == "off"
 
 

@@ -27,12 +27,12 @@ def with_sglang(monkeypatch, release):
 def test_sglang_missing(monkeypatch):
     without_sglang(monkeypatch)
     with pytest.raises(
-        ServeError, match=r"^sglang is not installed: want a release from 0\.5\.11 "
+        ServeError, match=r"^sglang is not installed: want a release from 0\.5\.9 "
     ):
         serve_config.check_release()
 
 
-@pytest.mark.parametrize("release", ["0.5.10", "0.5.24", "0.6.0", "nonsense"])
+@pytest.mark.parametrize("release", ["0.5.8", "0.5.24", "0.6.0", "nonsense"])
 def test_release_out_of_the_table(monkeypatch, release):
     with_sglang(monkeypatch, release)
     with pytest.raises(TargetMissing, match="supported are"):

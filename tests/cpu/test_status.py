@@ -65,7 +65,8 @@ def test_file_has_every_field(tmp_path: Path) -> None:
     content = json.loads((tmp_path / f"main-{os.getpid()}.json").read_text())
     assert list(content) == [
         "schema", "pid", "started", "role", "title", "version", "release", "method", "state",
-        "reason", "layers", "device", "sm", "prefill_backend", "on_hot_path", "warmup_s", "hooks",
+        "reason", "layers", "device", "sm", "prefill_backend", "on_hot_path", "warmup_s",
+        "self_check", "rank", "world", "ranks", "mismatch", "hooks",
         "calls", "fallbacks", "check", "updated",
     ]  # fmt: skip
     assert content["state"] == "installed"

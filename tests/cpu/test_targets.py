@@ -15,7 +15,16 @@ def test_releases_of_the_table(release: str) -> None:
 
 @pytest.mark.parametrize(
     "release",
-    ["0.5.8", "0.5.10.post2", "0.5.24", "0.6", "0.5.23.post1", "0.5.23rc1", "0.5.24.dev1+g1", "0.0.0.dev0"],
+    [
+        "0.5.8",
+        "0.5.10.post2",
+        "0.5.24",
+        "0.6",
+        "0.5.23.post1",
+        "0.5.23rc1",
+        "0.5.24.dev1+g1",
+        "0.0.0.dev0",
+    ],
 )
 def test_releases_outside(release: str) -> None:
     with pytest.raises(TargetMissing) as error:

@@ -27,6 +27,15 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [source.choice(letters) for _ in range(length)]
 
 
+def body_of(ids: list[int], rid: str, **sampling: Any) -> dict[str, Any]:
+    """A ``/generate`` request that is told apart by ``rid`` and gives its prompt's logprobs."""
+    sampling = {"max_new_tokens": 1, "temperature": 0, "ignore_eos": True, **sampling}
+    return {
+        "input_ids": ids, "rid": rid, "sampling_params": sampling,
+        "return_logprob": True, "logprob_start_len": 0,
+    }  # fmt: skip
+
+
 @dataclass
 class Client:
     """A server as the tests see it."""
@@ -101,6 +110,10 @@ def rms(x: list[float], y: list[float]) -> float:
     """Root mean square difference; NaN if anything is not a number."""
     assert len(x) == len(y)
     return math.sqrt(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(x)) if x else 0.0
+
+
+def flat(rows: list[list[float]]) -> list[float]:
+    return [value for row in rows for value in row]
 
 
 def next_error(found: dict[int, float], ids: list[int]) -> float:

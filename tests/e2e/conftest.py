@@ -12,7 +12,7 @@ import pytest
 from sglang_trinv.serve import tiny_model
 from sglang_trinv.serve.config import ServeConfig, check, detect_device, free_port
 from sglang_trinv.serve.launch import Server
-from tests.e2e.client import Client
+from tests.e2e.client import LENGTHS, Client, flat, prompt, rms, true_prompt_logprobs
 
 START_TIMEOUT_S = 600
 # Longer prompts are prefilled in parts, which do not end where the kernels' chunks of 64 do.
@@ -21,6 +21,12 @@ CHECKED = 12
 # Both arms name the prefill backend, as an A/B run must: on a GPU SGLang may choose another one.
 FLAGS = ("--chunked-prefill-size", str(CHUNK), "--linear-attn-prefill-backend", "triton")
 GPU_FLAGS = ("--mem-fraction-static", "0.2", "--max-total-tokens", "65536")
+
+# A result is as good as stock's if its distance to the truth is at most 1.2 times stock's.
+SLACK = 1.2
+PROMPTS = [prompt(length) for length in LENGTHS]
+KEY = "sesame-street"
+UNWRITABLE = "/proc/self/nothing"  # also for root
 
 MakeServer = Callable[..., Server]
 
@@ -93,6 +99,25 @@ def zero_u(make_server: MakeServer) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def guarded(make_server: MakeServer) -> Iterator[Server]:
+    """A server with a key and metrics, whose third call raises, on a cache that is not there."""
+    flags = (*FLAGS, "--api-key", KEY, "--enable-metrics")
+    environ = {"SGLANG_TRINV_FAULT": "raise_at_call", "TRITON_CACHE_DIR": UNWRITABLE}
+    server = started(make_server("guarded", flags=flags, **environ))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def nan_u(make_server: MakeServer) -> Iterator[Server]:
+    """A server whose third call gives NaN, and whose first calls are checked."""
+    fault = {"SGLANG_TRINV_FAULT": "nan_u", "SGLANG_TRINV_CHECK": str(CHECKED)}
+    server = started(make_server("nan_u", **fault))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def ask_ours(ours: Server) -> Client:
     return Client(ours)
 
@@ -100,3 +125,23 @@ def ask_ours(ours: Server) -> Client:
 @pytest.fixture(scope="session")
 def ask_stock(stock: Server) -> Client:
     return Client(stock)
+
+
+@pytest.fixture(scope="session")
+def truth() -> list[list[float]]:
+    """Log probabilities of ``PROMPTS`` in transformers, float32."""
+    return [true_prompt_logprobs(ids) for ids in PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def of_stock(ask_stock: Client) -> list[list[float]]:
+    """The same of the stock server."""
+    return [ask_stock.prompt_logprobs(ids) for ids in PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def tolerance(of_stock: list[list[float]], truth: list[list[float]]) -> float:
+    """Stock's own distance to transformers, and some."""
+    stock = rms(flat(of_stock), flat(truth))
+    assert 0 < stock < 0.2, "the stock server is no measure"
+    return SLACK * stock

@@ -79,26 +79,27 @@ def test_command_line_serves_a_model_without_linear_attention(llama, make_server
             serve.kill()  # the kernel kills the server with it
 
 
-def test_strict_exception_at_install(make_server):
-    """The server does not start, and one line says why."""
-    server = make_server("strict", SGLANG_TRINV_STRICT="1", SGLANG_TRINV_FAULT="raise_at_install")
+@pytest.mark.parametrize("fault", ["raise_at_install", "wrong_at_start"])
+def test_strict_exception_at_install(make_server, fault):
+    """The server does not start, and one line says why; so too if the self-check disagrees."""
+    server = make_server("strict", SGLANG_TRINV_STRICT="1", SGLANG_TRINV_FAULT=fault)
     with pytest.raises(ServeError, match="the server ended with status"):
         started(server)
     server.stop()
     said = [line for line in Client(server).log().splitlines() if line.startswith("sglang_trinv:")]
     assert len(said) == 1
-    assert "raise_at_install" in said[0]
+    assert {"raise_at_install": fault, "wrong_at_start": "self-check: error of u"}[fault] in said[0]
     assert "SGLANG_TRINV_STRICT=1" in said[0]
 
 
-def test_exception_at_install(make_server):
+def test_kernel_that_does_not_compile(make_server):
     """By default SGLang's kernels serve, with one warning; `serve` would call it an error."""
-    server = started(make_server("default", SGLANG_TRINV_FAULT="raise_at_install"))
+    server = started(make_server("default", SGLANG_TRINV_FAULT="compile_error"))
     client = Client(server)
     assert len(client.prompt_logprobs(prompt(40))) == 39
     (status,) = client.schedulers()
     assert status["state"] == "failed"
-    assert "raise_at_install" in status["reason"]
+    assert "compile_error" in status["reason"]
     assert sum(status["fallbacks"].values()) == 1
     assert not any(client.calls().values())
     warnings = [line for line in client.log().splitlines() if "SGLang's own kernels serve" in line]

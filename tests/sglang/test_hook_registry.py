@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -79,7 +81,7 @@ def test_one_hook_wraps_the_attention_wrapper_everywhere(
     loader: Callable[..., SimpleNamespace], installs: list[tuple[Any, ...]]
 ) -> None:
     server = loader()
-    assert list(server.HookRegistry._hooks) == [WRAPPER]
+    assert list(server.HookRegistry._hooks) == [WRAPPER, targets.PREPARE_ARGUMENTS]
     ((kind, _, source),) = server.HookRegistry._hooks[WRAPPER]
     assert kind is server.HookType.AROUND
     assert source.plugin_name == "trinv"
@@ -93,6 +95,18 @@ def test_one_hook_wraps_the_attention_wrapper_everywhere(
     ]
     assert status.current().fields["state"] == "registered"
     assert status.current().fields["release"] in targets.RELEASES
+
+
+def test_only_the_main_process_looks_for_an_http_server(
+    loader: Callable[..., SimpleNamespace], clean_env: pytest.MonkeyPatch, sources: Path
+) -> None:
+    clean_env.setattr(multiprocessing, "parent_process", lambda: "the main process")
+    assert list(loader().HookRegistry._hooks) == [WRAPPER]
+    module, name = targets.PREPARE_ARGUMENTS.rsplit(".", 1)
+    source = (sources / f"{module.replace('.', '/')}.py").read_text()
+    assert f"\ndef {name}(argv: " in source
+    for file in ("sglang/launch_server.py", "sglang/cli/serve.py"):
+        assert f"from {module} import {name}" in (sources / file).read_text()
 
 
 @pytest.mark.parametrize("kind", ["AROUND", "REPLACE"])

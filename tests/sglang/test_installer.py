@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_trinv import dispatch, install, status, targets
+from sglang_trinv import dispatch, install, selfcheck, status, targets
 from sglang_trinv.config import Config
 from tests.sglang.conftest import FUSED
 from tests.sglang.stage import GDN, Anything, Stage
@@ -35,6 +35,7 @@ def stage(
     sys.meta_path.append(finder)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(dispatch.ops, "fwd_intra", lambda k, v, *_, **__: (k, v, None))
+    monkeypatch.setattr(selfcheck, "run", lambda *_: {"worst_ratio": 0.5})
 
     def make(**flags: Any) -> Stage:
         made = Stage(sources, target, **flags)

@@ -1,0 +1,272 @@
+"""Time to first token and prefill rate of whole servers, measured by SGLang's own client.
+
+The servers of all arms run side by side on one GPU and are asked in turns, one at a time, so that
+whatever drifts hits all alike; the others are idle. Radix cache off, one new token, so a request is
+a prefill. An arm that cannot be served is recorded with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import serve_models, serve_report
+from sglang_trinv import runs
+from sglang_trinv.serve import config as serve_config
+from sglang_trinv.serve import health
+from sglang_trinv.serve.config import ServeConfig
+from sglang_trinv.serve.launch import Server
+
+# Arm: kernels, GDN prefill backend of SGLang, SGLANG_TRINV_GDN
+ARMS = {
+    "triton": ("stock", "triton", ""),
+    "flashinfer": ("stock", "flashinfer", ""),
+    "intra": ("ours", "triton", "intra"),
+    "full": ("ours", "triton", "full"),
+}
+LENGTHS = (2048, 8192, 32768)
+CONCURRENCY = (1, 16)
+START_TIMEOUT_S = 240.0
+USED_MEMORY = 0.85  # by all servers; CUDA graphs and workspaces take the rest
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    model: str
+    arms: tuple[str, ...]
+    lengths: tuple[int, ...] = LENGTHS
+    concurrency: tuple[int, ...] = CONCURRENCY
+    rounds: int = 3  # measurements of each arm; the first of a shape is thrown away besides
+    requests: int = 4  # of a measurement at concurrency 1; otherwise as many as are sent at once
+    flags: tuple[str, ...] = ()
+
+
+class Client:
+    """SGLang's benchmark client in a process of its own."""
+
+    def __init__(self) -> None:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.serve_client"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
+        )  # fmt: skip
+        ready = self._read()
+        if "error" in ready:
+            raise serve_config.ServeError(f"SGLang's benchmark client: {ready['error']}")
+
+    def _read(self) -> Row:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.said.seek(0)
+        last = (self.said.read().strip().splitlines() or ["no message"])[-1]
+        return {"error": f"ended with status {self.process.wait()}: {last}"}
+
+    def measure(self, words: list[str]) -> Row:
+        """What the client measured, or ``{"error": ...}``."""
+        try:
+            self.process.stdin.write(json.dumps(words) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self._read()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def words(plan: Plan, url: str, model: Path, length: int, concurrency: int, seed: int) -> list[str]:
+    """The client's command line for one measurement."""
+    requests = plan.requests if concurrency == 1 else concurrency
+    return [
+        "--backend", "sglang", "--base-url", url, "--model", str(model), "--tokenizer", str(model),
+        "--dataset-name", "random-ids", "--tokenize-prompt", "--random-input-len", str(length),
+        "--random-output-len", "1", "--random-range-ratio", "1.0", "--num-prompts", str(requests),
+        "--max-concurrency", str(concurrency), "--warmup-requests", "0", "--seed", str(seed),
+        "--disable-tqdm", "--disable-ignore-eos",
+    ]  # fmt: skip
+
+
+def arm_config(plan: Plan, arm: str, model: Path, share: float) -> tuple[ServeConfig, Row]:
+    """The server of one arm and the variables that it gets besides."""
+    kernels, backend, gdn = ARMS[arm]
+    flags = (
+        "--load-format", "dummy", "--disable-radix-cache", "--sampling-backend", "pytorch",
+        "--linear-attn-prefill-backend", backend, *plan.flags,
+    )  # fmt: skip
+    device = serve_config.detect_device()
+    if device == "cuda":
+        flags += ("--mem-fraction-static", f"{share:.2f}", "--cuda-graph-max-bs-decode", "8")
+    config = ServeConfig(
+        model=str(model), kernels=kernels, device=device, port=serve_config.free_port(), extra=flags
+    )
+    strict = {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": gdn} if gdn else {}
+    return config, strict
+
+
+def start_arms(plan: Plan, model: Path, stack: ExitStack) -> tuple[dict[str, Server], Row]:
+    """Start the arms one after the other; return the servers and why others are missing.
+
+    A memory fraction counts what is free when a server starts, so each takes its share of that.
+    """
+    servers: dict[str, Server] = {}
+    absent: Row = {}
+    for i, arm in enumerate(plan.arms):
+        share = USED_MEMORY / (len(plan.arms) - i)
+        config, more = arm_config(plan, arm, model, share)
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")} | more
+        server = Server(config, runs.new_run_dir(), environ)
+        try:
+            serve_config.check(config, environ)
+            server.start()
+            server.wait_healthy(START_TIMEOUT_S)
+        except Exception as error:
+            server.stop()
+            absent[arm] = str(error).splitlines()[0]
+            print(f"{plan.model} {arm}: not served: {error}", flush=True)
+            continue
+        stack.callback(server.stop)
+        servers[arm] = server
+        seconds = time.monotonic() - server.started
+        print(f"{plan.model} {arm}: ready after {seconds:.0f} s", flush=True)
+    return servers, absent
+
+
+def measure(plan: Plan, model: Path, servers: dict[str, Server], client: Client) -> list[Row]:
+    """Every length and concurrency on every server, in turns."""
+    rows = []
+    for length in plan.lengths:
+        for concurrency in plan.concurrency:
+            samples: dict[str, list[Row]] = {arm: [] for arm in servers}
+            errors: Row = {}
+            for i in range(plan.rounds + 1):
+                names = list(servers)
+                for arm in names[i % len(names) :] + names[: i % len(names)]:
+                    seed = length + 1000 * i  # the same prompts for every arm
+                    url = servers[arm].config.url
+                    found = client.measure(words(plan, url, model, length, concurrency, seed))
+                    if "error" in found or any(found["errors"]):
+                        errors[arm] = found.get("error") or next(filter(None, found["errors"]))
+                    elif i:  # the first compiles and tunes
+                        samples[arm].append(found)
+            for arm in servers:
+                rows.append(row(plan.model, length, concurrency, arm, samples[arm], errors))
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
+def row(
+    model: str, length: int, concurrency: int, arm: str, samples: list[Row], errors: Row
+) -> Row:
+    """One row of the results; without figures and with ``error`` where a request failed."""
+    made: Row = {
+        "model": model, "prompt_tokens": length, "concurrency": concurrency, "arm": arm,
+    }  # fmt: skip
+    if arm in errors or not samples:
+        return made | {"error": str(errors.get(arm, "no measurement"))[:300]}
+    ttfts = [1e3 * value for found in samples for value in found["ttfts"]]
+    cuts = statistics.quantiles(ttfts, n=10, method="inclusive")
+    return made | {
+        "ttft_ms": {
+            "median": round(statistics.median(ttfts), 2),
+            "p20": round(cuts[1], 2),
+            "p80": round(cuts[7], 2),
+        },
+        "prefill_tokens_per_s": round(statistics.median(f["input_throughput"] for f in samples)),
+        "requests": len(ttfts),
+    }
+
+
+def line(row: Row) -> str:
+    """One row for the terminal."""
+    head = f"{row['model']:14} {row['prompt_tokens']:6} x{row['concurrency']:<3} {row['arm']:10}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    ttft = row["ttft_ms"]
+    return (
+        f"{head} {ttft['median']:9.1f} [{ttft['p20']:.1f}, {ttft['p80']:.1f}] ms, "
+        f"{row['prefill_tokens_per_s']:8} tokens/s"
+    )
+
+
+def calls(servers: dict[str, Server]) -> Row:
+    """Calls that our kernels answered in each arm: none in stock, some in ours."""
+    found = {}
+    for arm, server in servers.items():
+        statuses = health.schedulers(server.run_dir)
+        found[arm] = {name: health.calls(statuses, name) for name in health.IMPLEMENTATION.values()}
+        found[arm]["fallbacks"] = sum(sum(s["fallbacks"].values()) for s in statuses)
+    return found
+
+
+def run(plan: Plan) -> Row:
+    """Serve and measure one model; ``rows``, ``absent`` arms with reasons, ``calls`` by arm."""
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        model = serve_models.write(plan.model, Path(folder) / plan.model)
+        client = Client()  # first: without it there is nothing to start servers for
+        stack.callback(client.close)
+        servers, absent = start_arms(plan, model, stack)
+        rows = measure(plan, model, servers, client) if servers else []
+        time.sleep(1.5)  # the counts lag by a second
+        return {"rows": rows, "absent": absent, "calls": calls(servers)}
+
+
+def main(plans: list[Plan], out: Path, minutes: float) -> int:
+    """Measure every plan and write ``out`` after each; exit code 1 if an arm of ours fell back."""
+    found: Row = {"provenance": _provenance(), "rows": [], "absent": {}, "calls": {}}
+    start = time.monotonic()
+    for plan in plans:
+        if time.monotonic() - start > 60 * minutes:
+            print(f"{plan.model}: no time left")
+            break
+        measured = run(plan)
+        found["rows"] += measured["rows"]
+        found["absent"][plan.model] = measured["absent"]
+        found["calls"][plan.model] = measured["calls"]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    print(serve_report.table(found))
+    serve_report.plot(found, out.with_suffix(".png"))
+    wrong = complaints(found["calls"])
+    for complaint in wrong:
+        print(f"WRONG: {complaint}")
+    return int(bool(wrong))
+
+
+def complaints(by_model: Row) -> list[str]:
+    """Stock arms that called us, arms of ours that did not or fell back."""
+    wrong = []
+    for model, by_arm in by_model.items():
+        for arm, counts in by_arm.items():
+            ours = sum(counts[name] for name in health.IMPLEMENTATION.values())
+            if ARMS[arm][0] == "stock" and ours:
+                wrong.append(f"{model} {arm}: our kernels were called {ours} times")
+            if ARMS[arm][0] == "ours" and not ours:
+                wrong.append(f"{model} {arm}: our kernels were never called")
+            if counts["fallbacks"]:
+                wrong.append(f"{model} {arm}: {counts['fallbacks']} calls fell back")
+    return wrong
+
+
+def _provenance() -> Row:
+    import torch
+
+    if torch.cuda.is_available():
+        from benchmarks.provenance import provenance
+
+        return provenance(None, serve_config.check_release())
+    return {"argv": sys.argv, "gpu": None, "versions": {"sglang": serve_config.check_release()}}

@@ -1,0 +1,135 @@
+"""Put the whole GDN prefill into SGLang, after SGLang has built its attention backend."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sglang_trinv import prefill, status, targets, targets_full, warmup
+from sglang_trinv.config import Config
+from sglang_trinv.errors import TrinvError
+from sglang_trinv.install import Installer, Refused, platform_refusal
+
+
+class FullInstaller(Installer):
+    """What was done for the whole prefill in this process; the intra-chunk step stays as it is."""
+
+    def install_for(self, runner: Any, backend: Any, config: Config) -> str:
+        """Take over ``backend``'s prefill where that is wanted; return the state. Errors as
+        ``install_once``."""
+        self.backend = backend
+        return self.install_once(runner, config)
+
+    def _install(self, runner: Any, config: Config) -> None:
+        if config.gdn not in ("auto", "full") or getattr(runner, "is_draft_worker", False):
+            return
+        import sglang
+
+        target = targets.find(sglang.__version__)
+        stocks = targets.prefill_backend_of(target, self.backend)
+        if targets.gdn_config_of(target, runner) is None or not self._wanted(config, stocks):
+            return
+        refusal = self._refusal(runner, stocks, config)
+        if refusal:
+            raise Refused(f"whole prefill: {refusal}")
+        shape, _ = warmup.shape_of(runner, targets.gdn_config_of(target, runner))
+        linear = self.backend.linear_attn_backend
+        dispatcher = linear.kernel_dispatcher
+        made = prefill.kernel_class(targets_full.triton_gdn_kernel())(
+            linear, config, stocks, targets_full.deterministic(target, runner)
+        )
+        if shape not in self.warm:
+            start = time.perf_counter()
+            warm_up(shape, runner.req_to_token_pool.mamba_pool.mamba_cache.temporal, config.method)
+            self.warm.add(shape)
+            self.warmup_s += time.perf_counter() - start
+        dispatcher.extend_kernel = made
+        self.state = "installed"
+        self._tell(dispatcher, made, stocks, shape)
+
+    def _wanted(self, config: Config, stocks: str) -> bool:
+        """With auto, only where the table of measurements has a row for this GPU."""
+        return config.gdn == "full" or any(win.instead_of == stocks for win in prefill.WINS)
+
+    def _refusal(self, runner: Any, stocks: str, config: Config) -> str:
+        refusal = platform_refusal(str(runner.device))
+        if refusal or stocks == "triton":
+            return refusal
+        if stocks == "flashinfer" and any(win.instead_of == stocks for win in prefill.WINS):
+            return ""
+        return (
+            f"SGLang's GDN prefill backend is {stocks}, which is displaced only where ours was "
+            "measured to be faster; use --linear-attn-prefill-backend triton"
+            + (" or SGLANG_TRINV_FORCE=1" if stocks == "flashinfer" else "")
+        )
+
+    def _tell(self, dispatcher: Any, made: Any, stocks: str, shape: warmup.Shape) -> None:
+        process = status.current()
+        others = process.hooks
+
+        def hooks() -> list[dict[str, Any]]:
+            live = dispatcher.extend_kernel is made
+            name = "GDNKernelDispatcher.extend_kernel"
+            return [*others(), {"target": name, "importers": [], "live": live}]
+
+        if not getattr(dispatcher, "_sglang_trinv", False):
+            process.hooks, dispatcher._sglang_trinv = hooks, True
+        seconds = process.fields["warmup_s"] + self.warmup_s
+        process.update(
+            state="installed", reason="", on_hot_path=True, prefill_backend=stocks,
+            warmup_s=round(seconds, 3),
+        )  # fmt: skip
+        self.say(
+            logging.INFO, f"whole GDN prefill replaced ({shape}); in place of SGLang's {stocks}"
+        )
+
+    def _give_up(self, state: str, reason: str, config: Config) -> None:
+        """As the base class, but the intra-chunk step stays and so does the process's state."""
+        self.state = state
+        status.current().count_fallback(f"not installed: {reason}")
+        if config.strict:
+            raise SystemExit(
+                f"sglang_trinv: not installed: {reason}; the server stops because "
+                "SGLANG_TRINV_STRICT=1"
+            )
+        self.say(logging.WARNING, f"not installed: {reason}")
+
+
+def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
+    """Compile every form that a server's calls may take, with one short sequence; o is finite.
+
+    Raises:
+        TrinvError: a result is not finite. Whatever the op raises is passed on.
+    """
+    from sglang_trinv import ops
+    from sglang_trinv.kernels import configs
+
+    k, v, g, beta, starts, _, _ = warmup.inputs(shape, 1)
+    state = pool[0, :1].clone().zero_()
+    slot, chunk = starts[:1], starts[:1] - 1
+    forms = [configs.PrefillConfig(), configs.PrefillConfig(segments=2)]
+    hopper = k.is_cuda and torch.cuda.get_device_capability(k.device) == (9, 0)
+    if hopper and shape.K == shape.V == 128:
+        forms = [configs.ALONE, configs.WIDE, configs.SHORT, replace(configs.ALONE, segments=2)]
+    for config in forms:
+        for track in (None, torch.zeros_like(state, dtype=torch.float32)):
+            o, _, _ = ops.chunk_gated_delta_rule(
+                k, k, v, g, beta, initial_state=state, initial_state_indices=slot,
+                cu_seqlens=starts, use_qk_l2norm_in_kernel=True, method=method,
+                return_h=track is None, track_state=track,
+                track_chunk_idx=None if track is None else chunk, config=config,
+            )  # fmt: skip
+            if not o.isfinite().all():
+                raise TrinvError(f"warm-up of the whole prefill with {shape} is not finite")
+
+
+_installer = FullInstaller()
+
+
+def install_once(runner: Any, backend: Any, config: Config) -> str:
+    """``FullInstaller.install_for`` of this process."""
+    return _installer.install_for(runner, backend, config)

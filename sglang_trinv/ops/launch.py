@@ -1,0 +1,27 @@
+"""Launch a kernel; from the second time on without Triton's own handling of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+_compiled: dict[Hashable, Any] = {}
+
+
+def launch(
+    kernel: Any, key: Hashable, grid: tuple[int, int, int], args: tuple[Any, ...], **options: Any
+) -> None:
+    """``kernel[grid](*args, **options)``.
+
+    Args:
+        key: all that Triton specialises a kernel for: dtypes, constants, which pointers are None,
+            whether pointers and strides are multiples of 16, options and the device's number.
+        args: every parameter in order, constants as well.
+    """
+    compiled = _compiled.get((kernel.__name__, key))
+    if compiled is not None:
+        compiled[grid](*args)
+        return
+    compiled = kernel[grid](*args, **options)
+    if compiled is not None:  # the interpreter returns nothing
+        _compiled[kernel.__name__, key] = compiled

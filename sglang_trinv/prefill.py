@@ -1,0 +1,142 @@
+"""The whole GDN prefill in SGLang's place: a kernel object, and when it is the faster one.
+
+SGLang calls ``kernel_dispatcher.extend_kernel.extend(...)``. Ours is a subclass of its own
+``TritonGDNKernel``, so that a call outside our op's contract is answered by SGLang's Triton chain.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_trinv import dispatch, inject, ops
+from sglang_trinv.config import LEAST_CAPABILITY, Config
+from sglang_trinv.errors import UnsupportedCall
+from sglang_trinv.reference import faults
+
+OP = "chunk_gated_delta_rule"
+
+
+@dataclass(frozen=True)
+class Win:
+    """Calls that ours answers faster than SGLang's choice, as measured."""
+
+    capability: tuple[int, int]
+    instead_of: str  # "triton" or "flashinfer"
+    heads: tuple[tuple[int, int], ...]  # (key heads, value heads) of a rank
+    least_tokens: int  # of a call
+    evidence: str  # file of benchmarks/results
+
+
+# No row yet: SGLANG_TRINV_GDN=auto keeps the intra-chunk step until ours, SGLang's chain and
+# FlashInfer have been measured in one run on one GPU.
+WINS: tuple[Win, ...] = ()
+
+
+def wins(
+    capability: tuple[int, int], instead_of: str, heads: tuple[int, int], tokens: int | None = None
+) -> bool:
+    """Whether ours is the faster one; without ``tokens``: for calls of some length."""
+    return any(
+        (win.capability, win.instead_of) == (capability, instead_of)
+        and heads in win.heads
+        and (tokens is None or tokens >= win.least_tokens)
+        for win in WINS
+    )
+
+
+def kernel_class(stock: type) -> type:
+    """Ours as a subclass of SGLang's ``TritonGDNKernel``."""
+
+    class TrinvGDNKernel(stock):
+        uses_state_checkpoints = False
+        supports_track_state_snapshot = True
+
+        def __init__(self, backend: Any, config: Config, instead_of: str, invariant: bool) -> None:
+            super().__init__()
+            self.backend = backend
+            # SGLANG_TRINV_CHECK compares the intra-chunk step: a whole call changes its own inputs.
+            self.config = config.model_copy(update={"check": 0})
+            self.instead_of, self.invariant = instead_of, invariant
+
+        def extend(self, q, k, v, g, beta, *, ssm_states, cache_indices, query_start_loc, **kwargs):
+            tensors = (q, k, v, g, beta)
+            pool = {
+                "ssm_states": ssm_states,
+                "cache_indices": cache_indices,
+                "query_start_loc": query_start_loc,
+            }
+
+            def stocks() -> Any:
+                result = stock.extend(self, *tensors, **pool, **kwargs)
+                _snapshot(result[2], query_start_loc, kwargs)
+                return result
+
+            return extend(self, tensors, pool, kwargs, stocks)
+
+    return TrinvGDNKernel
+
+
+def extend(kernel: Any, tensors: tuple[Any, ...], pool: dict[str, Any], kwargs: Any, stocks: Any):
+    """Answer one call of ``extend``; ``stocks`` is SGLang's chain for the same call.
+
+    Returns:
+        (o, None, h): h only where SGLang will read it and has given no ``track_state``.
+    Raises:
+        UnsupportedCall: in strict mode, in place of a call that stock would answer.
+    """
+    config, v = kernel.config, tensors[2]
+    track = kwargs.get("track_state")
+
+    def run() -> Any:
+        if config.fault in faults.INVERSES:
+            raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
+        if v.is_cuda and _capability(v.device.index) < LEAST_CAPABILITY:
+            raise UnsupportedCall(f"compute capability is below {LEAST_CAPABILITY}")
+        o, _, h = ops.chunk_gated_delta_rule(
+            *tensors,
+            initial_state=pool["ssm_states"],
+            initial_state_indices=pool["cache_indices"],
+            cu_seqlens=pool["query_start_loc"],
+            use_qk_l2norm_in_kernel=True,
+            inplace_update=kwargs.get("inplace_update", True),
+            method=config.method,
+            return_h=track is None and _tracks(kernel.backend),
+            track_state=track,
+            track_chunk_idx=kwargs.get("track_chunk_idx"),
+            batch_invariant=kernel.invariant,
+        )
+        inject.after_call(config.fault, o)
+        return o, None, h
+
+    if v.is_cuda and config.gdn == "auto":
+        heads = tensors[1].shape[2], v.shape[2]
+        if not wins(_capability(v.device.index), kernel.instead_of, heads, v.shape[1]):
+            return stocks()
+    return dispatch.answer(OP, run, v.device, (), stocks, config)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _tracks(backend: Any) -> bool:
+    """Whether SGLang copies states of this batch for its prefix cache; unknown means yes."""
+    metadata = getattr(backend, "forward_metadata", None)
+    return bool(getattr(metadata, "has_mamba_track_mask", True))
+
+
+def _snapshot(h: Any, starts: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    """What SGLang's chain leaves undone for a kernel that promises snapshots: take them from h."""
+    track, chunks = kwargs.get("track_state"), kwargs.get("track_chunk_idx")
+    if track is None:
+        return
+    counts = (starts.diff() + 63) // 64
+    rows = counts.cumsum(0) - counts + chunks.clamp(min=0)
+    wanted = (chunks >= 0) & (chunks < counts)
+    found = h[0][torch.where(wanted, rows, 0).long()].to(track.dtype)
+    track.copy_(torch.where(wanted[:, None, None, None], found, track))

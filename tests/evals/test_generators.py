@@ -97,7 +97,7 @@ TASKS = {
     "overwrite": {"keys": "one", "n_keys": 5, "writes": 28},
     "mqar": {"keys": "two", "n_keys": 20},
     "correlated": {"n_keys": 5, "writes": 24},
-    "boundary": {"lengths": [64, 129], "rows": [0, 63]},
+    "boundary": {"lengths": [100, 129], "rows": [0, 63]},
     "niah": {"n_keys": 4, "length": 256},
 }
 

@@ -2,62 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from typing import NamedTuple
 
 import torch
-import triton.language as tl
 
-from sglang_trinv.kernels.prefill_prepare import prepare_kernel, scores_kernel
-from sglang_trinv.kernels.prefill_state import state_kernel
+from sglang_trinv.kernels.configs import PrefillConfig, kkt_solve_config, prefill_config
+from sglang_trinv.kernels.prefill_prepare import inverse_kernel, scores_kernel
 from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, want
-from sglang_trinv.ops.fwd_intra import TL_DTYPE
-from sglang_trinv.ops.methods import dot_precision, implementation, interpreted
+from sglang_trinv.ops.launch import launch
+from sglang_trinv.ops.methods import dot_precision, implementation
+from sglang_trinv.ops.prefill_state import io_dtype, run_state
+
+INTS = (torch.int32, torch.int64)
 
 
-@dataclass(frozen=True)
-class PrefillConfig:
-    """How the prefill is cut."""
+class Workspace(NamedTuple):
+    """What the first pass leaves for the second; 280 bytes a token and value head."""
 
-    state: str = "triton"  # kernel of the state pass: "triton" (any GPU) or "sm90" (Gluon)
-    scores: str = (
-        "blocks"  # "blocks": with the inverses in one launch; "dense": a launch of its own
-    )
-    group: int = 1  # value heads a program of the preparation
-    block_v: int = 64  # rows of the state a program
-    warps: int = 4
-    stages: int = 2  # of the loop over chunks ("triton"), of k, v and Ai ("sm90")
-    late_stages: int = 1  # of q and P ("sm90")
-    maxnreg: int | None = None
+    blocks: torch.Tensor  # like k, [slots, H, 2, 64, 64]: Ai and P
+    factors: torch.Tensor  # float32, [slots, H, 6, 64]: see kernels.prefill_prepare
 
 
-SMS = 132  # of H100 and H200
+class Pool(NamedTuple):
+    """States that are read and written, all of them optional."""
 
-
-def prefill_config(device: torch.device, programs: int) -> PrefillConfig:
-    """For this many groups of 64 state rows; provisional, not measured yet."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return PrefillConfig()
-    if programs <= SMS:
-        return PrefillConfig(state="sm90", stages=3, late_stages=2)
-    return PrefillConfig(state="sm90", maxnreg=128)  # two programs share an SM
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What the first pass leaves for the second; 276 bytes a token and value head in bfloat16."""
-
-    Ai: torch.Tensor  # like k, [slots, H, 64, 64]
-    P: torch.Tensor  # like k, [slots, H, 64, 64]
-    factors: torch.Tensor  # float32, [slots, H, 4, 64]
-    decay: torch.Tensor  # float32, [slots, H]
-
-    @classmethod
-    def empty(cls, slots: int, H: int, k: torch.Tensor) -> Workspace:
-        return cls(
-            k.new_empty(slots, H, 64, 64), k.new_empty(slots, H, 64, 64),
-            k.new_empty(slots, H, 4, 64, dtype=torch.float32),
-            k.new_empty(slots, H, dtype=torch.float32),
-        )  # fmt: skip
+    state: torch.Tensor | None
+    indices: torch.Tensor | None
+    track: torch.Tensor | None
+    track_chunks: torch.Tensor | None
+    write: bool
 
 
 def chunk_gated_delta_rule(
@@ -78,6 +52,7 @@ def chunk_gated_delta_rule(
     return_h: bool = True,
     track_state: torch.Tensor | None = None,
     track_chunk_idx: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     config: PrefillConfig | None = None,
 ) -> tuple[torch.Tensor, None, torch.Tensor | None]:
     """Run the gated delta rule over whole sequences, chunk by chunk of 64 tokens.
@@ -100,7 +75,9 @@ def chunk_gated_delta_rule(
         return_h (bool): also return the state before each chunk. Default: True.
         track_state (float32, [N, H, V, K], Optional): receives the state before one chunk.
         track_chunk_idx (int32 | int64, [N], Optional): that chunk; outside the sequence: none.
-        config (PrefillConfig, Optional): how to cut the work. Default: by device.
+        batch_invariant (bool): the same bits whatever else is in the batch: no segments, whose
+            number depends on it. Default: False.
+        config (PrefillConfig, Optional): how to cut the work. Default: by device and shape.
     Returns:
         o (like v, [B, T, H, V]), None, h (like k, [1, NT, H, V, K]) or None: the chunks of all
             sequences in order; NT is an upper bound with cu_seqlens, rows past the last chunk are
@@ -108,36 +85,80 @@ def chunk_gated_delta_rule(
     Raises:
         UnsupportedCall: shape, dtype, device, head_first or method outside the above.
 
-    Two or three launches, no host synchronisation, graph-capturable; workspace: ``Workspace``.
+    Three launches, five with segments; no host synchronisation, graph-capturable. Workspace:
+    ``Workspace`` and, with segments, K (2 V + K) float32 each for every segment and value head.
     """
-    B, T, H, V = _check(q, k, v, g, beta, cu_seqlens, head_first)
-    K = k.shape[3]
+    if not _plain(q, k, v, g, beta, cu_seqlens, head_first):
+        _explain(q, k, v, g, beta, cu_seqlens, head_first)
+    B, T, H, V = v.shape
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    _check_state(initial_state, initial_state_indices, N, H, V, K, k.device)
+    pool = Pool(
+        initial_state, initial_state_indices, track_state, track_chunk_idx,
+        inplace_update and initial_state is not None,
+    )  # fmt: skip
+    _check_states(pool, N, H, V, k.shape[3], k.device)
     DOT = dot_precision(method, k.device, k.dtype)
-    config = config or prefill_config(k.device, N * H * V // 64)
     slots = B * (T // 64 + 1) if cu_seqlens is None else T // 64 + N
-    o = torch.empty(B, T, H, V, device=v.device, dtype=v.dtype)
-    h = k.new_empty(1, slots, H, V, K) if return_h else None
+    o = v.new_empty(B, T, H, V)
+    h = k.new_empty(1, slots, H, V, k.shape[3]) if return_h else None
     if B * T * N == 0:
         return o, None, h
-    space = Workspace.empty(slots, H, k)
+    config = config or _config(q, k, v, N, batch_invariant)
+    space = Workspace(
+        k.new_empty(slots, H, 2, 64, 64), k.new_empty(slots, H, 6, 64, dtype=torch.float32)
+    )
     norm = use_qk_l2norm_in_kernel
-    scale = K**-0.5 if scale is None else scale
-    _prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config)
-    state = (initial_state, initial_state_indices, track_state, track_chunk_idx)
-    _run_state(q, k, v, space, o, h, state, cu_seqlens, T, N, inplace_update, config)
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm)
+    run_state(q, k, v, space, o, h, pool, cu_seqlens, T, N, config)
     return o, None, h
 
 
-def _check(q, k, v, g, beta, cu_seqlens, head_first) -> torch.Size:
+def _plain(q, k, v, g, beta, cu_seqlens, head_first) -> bool:
+    """Whether ``_explain`` would let these arguments pass; this runs before every launch."""
+    if v.dim() != 4 or k.dim() != 4 or k.shape != q.shape or k.shape[:2] != v.shape[:2]:
+        return False
+    B, _, H, V = v.shape
+    Hg, K = k.shape[2:]
+    return (
+        not head_first
+        and v.dtype in HALF
+        and q.dtype == k.dtype == v.dtype
+        and Hg > 0
+        and H % Hg == 0
+        and K in (64, 128)
+        and V % 64 == 0
+        and (v.numel() == 0 or (_dense(q) and _dense(k) and _dense(v)))
+        and g.shape == beta.shape == v.shape[:3]
+        and g.dtype == torch.float32
+        and beta.dtype in (torch.float32, k.dtype)
+        and g.is_contiguous()
+        and beta.is_contiguous()
+        and q.device == k.device == v.device == g.device == beta.device
+        and (cu_seqlens is None or _plain_starts(cu_seqlens, B, k.device))
+        and implementation(k.device) != "torch"
+    )
+
+
+def _dense(x) -> bool:
+    stride = x.stride()
+    rows = x.shape[0] == 1 or stride[0] == x.shape[1] * stride[1]
+    return stride[2] == x.shape[3] and stride[3] == 1 and rows
+
+
+def _plain_starts(x, B, device) -> bool:
+    fits = B == 1 and x.dim() == 1 and x.numel() >= 1 and x.is_contiguous()
+    return fits and x.dtype in INTS and x.device == device
+
+
+def _explain(q, k, v, g, beta, cu_seqlens, head_first) -> None:
+    """Raise UnsupportedCall for the first argument that is not as it should be."""
     want(not head_first, "head_first", "False", head_first)
     for name, x in (("q", q), ("k", k), ("v", v)):
         want(x.dim() == 4, name, "shape [B, T, H, D]", f"shape {list(x.shape)}")
         want(x.dtype in HALF and x.dtype == k.dtype, name, "dtype bfloat16 or float16", x.dtype)
-        want(x.stride(3) == 1 and x.stride(2) == x.shape[3], name, "dense heads", x.stride())
-        rows = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-        want(rows, name, "rows at one stride", x.stride())
+        want(x.numel() == 0 or _dense(x), name, "dense heads, rows at one stride", x.stride())
+        want(x.device == k.device, name, f"a tensor on {k.device}", f"one on {x.device}")
     B, T, H, V = v.shape
     Hg, K = k.shape[2:]
     want(q.shape == k.shape, "q", f"k's shape {list(k.shape)}", list(q.shape))
@@ -149,63 +170,62 @@ def _check(q, k, v, g, beta, cu_seqlens, head_first) -> torch.Size:
     check_tensor("beta", beta, (B, T, H), (torch.float32, k.dtype), k.device)
     check_varlen(B, cu_seqlens, None, k.device)
     want(implementation(k.device) != "torch", "k", "a tensor on cuda", k.device)
-    return v.shape
 
 
-def _check_state(state, indices, N, H, V, K, device) -> None:
+def _check_states(pool: Pool, N: int, H: int, V: int, K: int, device: torch.device) -> None:
+    state, indices = pool.state, pool.indices
     if state is None:
         want(indices is None, "initial_state_indices", "None without initial_state", "a tensor")
-        return
-    want(state.dtype in FLOATS, "initial_state", "a floating dtype", state.dtype)
-    dense = state.shape[1:] == (H, V, K) and state[0].is_contiguous()
-    want(dense, "initial_state", f"[slots, {H}, {V}, {K}], slots dense", list(state.shape))
-    if indices is not None:
-        check_tensor("initial_state_indices", indices, (N,), (torch.int32, torch.int64), device)
+    else:
+        dense = state.shape[1:] == (H, V, K) and state.stride()[1:] == (V * K, K, 1)
+        if not (dense and state.dtype in FLOATS and state.device == device):
+            want(state.dtype in FLOATS, "initial_state", "a floating dtype", state.dtype)
+            want(state.device == device, "initial_state", f"a tensor on {device}", state.device)
+            want(dense, "initial_state", f"[slots, {H}, {V}, {K}], slots dense", list(state.shape))
+        if indices is not None:
+            check_tensor("initial_state_indices", indices, (N,), INTS, device)
+    if pool.track is not None:
+        check_tensor("track_state", pool.track, (N, H, V, K), (torch.float32,), device)
+        check_tensor("track_chunk_idx", pool.track_chunks, (N,), INTS, device)
 
 
-def _prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config) -> None:
-    slots, H = space.decay.shape
+def _config(q, k, v, N: int, batch_invariant: bool) -> PrefillConfig:
+    B, T, H, V = v.shape
+    K = k.shape[3]
+    fits = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0 and K == V == 128
+    fits = fits and (q.stride(1) | k.stride(1) | v.stride(1)) % 8 == 0
+    capability = _capability(k.get_device()) if k.is_cuda and fits else (0, 0)
+    return prefill_config(
+        capability, N * H * V // 64, B * T // 64 // N + 1, (V + K) / V, not batch_invariant
+    )
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    # ROCm's numbers mean something else, and its compiler knows no Gluon kernel for Hopper.
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
+
+
+def prepare(q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, DOT, norm) -> None:
+    """Fill ``space``: all that needs no state."""
+    slots, H = space.factors.shape[:2]
     Hg, K = k.shape[2:]
-    dense = config.scores == "dense"
-    common = {
-        "H": H, "Hg": Hg, "K": K, "BN": 64, "IO": _io(k), "VARLEN": cu_seqlens is not None,
-        "NORM": norm,
-    }  # fmt: skip
-    prepare_kernel[(slots, H // config.group, 1 if dense else 2)](
-        q, k, g, beta, space.Ai, space.P, space.factors, space.decay, cu_seqlens, scale, T, N,
-        q.stride(1), k.stride(1), GROUP=config.group, BK=K, BKQ=32, DOT=DOT, num_warps=1,
-        num_stages=1, **common,
+    varlen, io, s_q, s_k = cu_seqlens is not None, io_dtype(k), q.stride(1), k.stride(1)
+    key = (
+        k.get_device(), k.dtype, beta.dtype, varlen and cu_seqlens.dtype, H, Hg, K, s_q, s_k, norm,
+        (q.data_ptr() | k.data_ptr() | g.data_ptr() | beta.data_ptr()) % 16 == 0,
     )  # fmt: skip
-    if dense:
-        scores_kernel[(slots, Hg)](
-            q, k, g, space.P, space.factors, cu_seqlens, scale, T, N, q.stride(1), k.stride(1),
-            GROUP=H // Hg, num_warps=4, num_stages=1, **common,
-        )  # fmt: skip
-
-
-def _io(k):
-    return tl.float32 if interpreted() else TL_DTYPE[k.dtype]
-
-
-def _run_state(q, k, v, space, o, h, state, cu_seqlens, T, N, inplace, config) -> None:
-    pool, indices, track, track_chunks = state
-    Hg, K = k.shape[2:]
-    H, V = v.shape[2:]
-    flags = {
-        "H": H, "Hg": Hg, "K": K, "V": V, "VARLEN": cu_seqlens is not None,
-        "HAS_STATE": pool is not None, "HAS_INDICES": indices is not None,
-        "WRITE_STATE": pool is not None and inplace, "STORE_H": h is not None,
-        "TRACK": track is not None,
-    }  # fmt: skip
-    s_state = 0 if pool is None else pool.stride(0)
-    if config.state == "sm90":
-        from sglang_trinv.ops.prefill_sm90 import run_state_sm90
-
-        run_state_sm90(q, k, v, space, o, h, state, cu_seqlens, T, N, s_state, flags, config)
-        return
-    state_kernel[(V // config.block_v, H, N)](
-        q, k, v, space.Ai, space.P, space.factors, space.decay, o, h, pool, indices, track,
-        track_chunks, cu_seqlens, T, q.stride(1), k.stride(1), v.stride(1), s_state,
-        BV=config.block_v, BN=64, IO=_io(k), STAGES=config.stages, num_warps=config.warps,
-        num_stages=config.stages, **flags,
+    group = H // Hg
+    launch(
+        scores_kernel, key, (slots, Hg, 1),
+        (q, k, g, beta, space.blocks, space.factors, cu_seqlens, scale, T, N, s_q, s_k,
+         H, Hg, K, group, 64, io, varlen, norm),
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    group = kkt_solve_config(group, slots, Hg).group
+    launch(
+        inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
+        (k, space.blocks, space.factors, cu_seqlens, T, N, s_k,
+         H, Hg, K, group, K, 64, DOT, io, varlen),
+        num_warps=1, num_stages=1,
     )  # fmt: skip

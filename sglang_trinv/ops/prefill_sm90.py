@@ -1,34 +1,70 @@
-"""Launch of the Hopper state pass: tensor descriptors around the tensors' own memory."""
+"""Launches of the Hopper state pass: tensor descriptors around the tensors' own memory."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sglang_trinv.kernels.prefill_state_sm90 import state_kernel_sm90
+from sglang_trinv.kernels.prefill_transfer_sm90 import transfer_kernel_sm90
+from sglang_trinv.ops.launch import launch
+from sglang_trinv.ops.prefill_state import call_key, pass_flags, slot_stride
 
 TILE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 FLAT = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
 
 
-def rows(x: torch.Tensor, width: int) -> TensorDescriptor:
+class Tiles(TensorDescriptor):
+    """A descriptor without the base class's checks, which take longer than a launch."""
+
+    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], tile: list[int]):
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, tile
+        self.layout = TILE if len(tile) == 2 else FLAT
+
+
+def rows(x: torch.Tensor, width: int) -> Tiles:
     """[B, T, H, D] as rows of H * D columns in tiles of [64, width]."""
     B, T, H, D = x.shape
-    return TensorDescriptor(x, [B * T, H * D], [x.stride(1), 1], [64, width], TILE)
+    return Tiles(x, [B * T, H * D], [x.stride(1), 1], [64, width])
 
 
-def run_state_sm90(q, k, v, space, o, h, state, cu_seqlens, T, N, s_state, flags, config) -> None:
-    pool, indices, track, track_chunks = state
-    K, V, H = k.shape[3], v.shape[3], v.shape[2]
-    halves = config.block_v // 64
-    tiles = [space.decay.numel() * 64, 64]
-    state_kernel_sm90[(V // config.block_v, H, N)](
-        rows(q, K), rows(k, K), rows(v, 64),
-        TensorDescriptor(space.Ai, tiles, [64, 1], [64, 64], TILE),
-        TensorDescriptor(space.P, tiles, [64, 1], [64, 64], TILE),
-        TensorDescriptor(space.factors, [space.factors.numel()], [1], [256], FLAT),
-        rows(o, 64), space.decay, o, h, pool, indices, track, track_chunks, cu_seqlens, T, s_state,
-        HALVES=halves, EARLY=config.stages, LATE=config.late_stages, num_warps=4,
-        maxnreg=config.maxnreg, **flags,
+def workspace(space: Any) -> tuple[Tiles, Tiles, torch.Tensor]:
+    """blocks as tiles of [64, 64]; factors as tiles of [256], and as a pointer."""
+    n = space.factors.shape[0] * space.factors.shape[1]
+    return (
+        Tiles(space.blocks, [n * 128, 64], [64, 1], [64, 64]),
+        Tiles(space.factors, [n * 384], [1], [256]),
+        space.factors,
+    )
+
+
+def run_state_sm90(q, k, v, space, o, h, starts, pool, cu_seqlens, T, N, config) -> None:
+    """As the launch of state_kernel in ``prefill_state.run_state``."""
+    H, V, K = v.shape[2], v.shape[3], k.shape[3]
+    G, halves, flags = config.segments, config.block_v // 64, pass_flags(h, starts, pool)
+    key = (
+        *call_key(q, k, v, pool, cu_seqlens), flags, halves, config.stages, config.late_stages,
+        config.maxnreg,
+    )  # fmt: skip
+    launch(
+        state_kernel_sm90, key, (V // config.block_v, H, N * G),
+        (rows(q, K), rows(k, K), rows(v, 64), *workspace(space)[:2], rows(o, 64), space.factors, o,
+         h, pool.state, pool.indices, starts, pool.track, pool.track_chunks, cu_seqlens, T, G,
+         slot_stride(pool), H, k.shape[2], K, V, halves, config.stages, config.late_stages,
+         cu_seqlens is not None, *flags),
+        num_warps=4, maxnreg=config.maxnreg,
+    )  # fmt: skip
+
+
+def run_transfer_sm90(k, v, space, ends, pool, cu_seqlens, T, N, G) -> None:
+    """As the launch of transfer_kernel in ``prefill_state.run_segments``."""
+    H, V, K = v.shape[2], v.shape[3], k.shape[3]
+    launch(
+        transfer_kernel_sm90, call_key(k, k, v, pool, cu_seqlens), ((V + K) // 64, H, N * (G - 1)),
+        (rows(k, K), rows(v, 64), *workspace(space), ends, cu_seqlens, T, G,
+         H, k.shape[2], K, V, 3, cu_seqlens is not None),
+        num_warps=4, maxnreg=128,
     )  # fmt: skip

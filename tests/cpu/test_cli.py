@@ -77,7 +77,7 @@ def test_port_in_use():
     [
         ("SGLANG_TRINV", "on"),
         ("SGLANG_TRINV_METHOD", "mch"),
-        ("SGLANG_TRINV_GDN", "full"),
+        ("SGLANG_TRINV_GDN", "whole"),
         ("SGLANG_TRINV_CHECK", "-1"),
         ("SGLANG_TRINV_NO_SUCH", "1"),
     ],

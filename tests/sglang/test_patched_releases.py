@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_trinv import install, status, targets
+from sglang_trinv import install, selfcheck, status, targets
 from sglang_trinv.patches import apply as patcher
 from sglang_trinv.serve import config as serve_config
 from tests.sglang.stage import GDN, LINEAR, Anything, Stage
@@ -76,7 +76,9 @@ def _make_up_backends() -> None:
 
 
 @pytest.fixture
-def runner() -> SimpleNamespace:
+def runner(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    # The check runs SGLang's kernel too, which needs the CPU platform here: see the e2e tests.
+    monkeypatch.setattr(selfcheck, "run", lambda *_: {"worst_ratio": 0.5})
     state = torch.zeros(3, 2, 4, 128, 128).bfloat16()
     nothing = dict.fromkeys(("mamba2_config", "kimi_linear_config", "hybrid_lightning_config"))
     pool = SimpleNamespace(mamba_pool=SimpleNamespace(mamba_cache=SimpleNamespace(temporal=state)))

@@ -24,7 +24,7 @@ def provenance(sglang: str | None, sglang_release: str | None) -> dict[str, Any]
     properties = torch.cuda.get_device_properties()
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": sys.argv,
+        "argv": ["python", "-m", "benchmarks", *sys.argv[1:]],
         "commit": commit(),
         "gpu": properties.name,
         "gpu_sms": properties.multi_processor_count,

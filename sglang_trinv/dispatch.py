@@ -93,15 +93,6 @@ def fwd_intra(
     return answer("fwd_intra", run, k.device, call, stock, config)
 
 
-def solve_tril_method(method: str, result: torch.dtype) -> str:
-    """What "auto" means for a ``solve_tril`` that we replace.
-
-    SGLang's and fla's multiply in float32 even for a bfloat16 result. Rounding A to 11 bits first,
-    the op's own choice there, would be 1.4 times their error on near-equal keys.
-    """
-    return "mbh_fp16x2" if method == "auto" and result == torch.bfloat16 else method
-
-
 def solve_tril(
     call: tuple[Any, ...],
     *,
@@ -118,7 +109,7 @@ def solve_tril(
     Raises:
         UnsupportedCall: in strict mode, in place of a call that stock would answer.
     """
-    A, method = call[0], solve_tril_method(config.method, call[2])
+    A = call[0]
     capability = _capability(A.device.index) if A.is_cuda else LEAST_CAPABILITY
     if capability < LEAST_CAPABILITY:
         reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
@@ -127,7 +118,7 @@ def solve_tril(
     def run() -> Any:
         if config.fault in faults.INVERSES:
             raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
-        Ai = ops.solve_tril(*call, chunk_indices=chunk_indices, method=method)
+        Ai = ops.solve_tril(*call, chunk_indices=chunk_indices, method=config.method)
         inject.after_call(config.fault, Ai)  # u = Ai (beta v) is what the faults are named after
         return Ai
 

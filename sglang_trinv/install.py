@@ -76,21 +76,18 @@ class Installer:
         if self.patch is not None and getattr(runner, "is_draft_worker", False):
             return None  # a draft model shares the target's pool and adapters
         # Here, so that a failing import of the kernels is handled like any other failure.
-        from sglang_trinv import cache, dispatch, hooks, inject, selfcheck, warmup
+        from sglang_trinv import cache, hooks, inject, selfcheck, warmup
 
         return_A = _third_result_is_read(target)
         shape, layers = warmup.shape_of(runner, gdn_config)
-        method = config.method
-        if target.adapter == "solve_tril":
-            method = dispatch.solve_tril_method(method, shape.dtype)
         patched = self.patch
         stock, modules = (patched.stock, patched.modules) if patched else targets.resolve(target)
         if shape not in self.warm:
             start = time.perf_counter()
             cache.ensure_writable()
             inject.at_compile(config.fault)
-            warmup.warm_up(shape, method, return_A, target.adapter)
-            checked = selfcheck.run(target.adapter, shape, method, stock, config.fault)
+            warmup.warm_up(shape, config.method, return_A, target.adapter)
+            checked = selfcheck.run(target.adapter, shape, config.method, stock, config.fault)
             status.current().update(self_check=checked)
             self.warm.add(shape)
             self.warmup_s += time.perf_counter() - start

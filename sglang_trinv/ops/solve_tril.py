@@ -8,7 +8,7 @@ from sglang_trinv.kernels.configs import SOLVE_TRIL_MAXNREG
 from sglang_trinv.kernels.solve_tril import solve_tril_kernel
 from sglang_trinv.ops.check import FLOATS, check_tensor, check_varlen, want
 from sglang_trinv.ops.chunks import chunk_grid
-from sglang_trinv.ops.methods import dot_precision, implementation
+from sglang_trinv.ops.methods import AUTO, dot_precision, implementation
 from sglang_trinv.ops.torch_path import solve_tril_torch
 
 
@@ -43,8 +43,8 @@ def solve_tril(
     want(BT in (16, 32, 64), "A", "a last dimension (chunk size) of 16, 32 or 64", BT)
     want(output_dtype in FLOATS, "output_dtype", "float32, bfloat16 or float16", output_dtype)
     check_varlen(B, cu_seqlens, chunk_indices, A.device)
-    if method == "auto" and (A.dtype, output_dtype) == (torch.float32, torch.bfloat16):
-        method = "mbh_fp16x2"  # SGLang's is exact to float32 before it rounds to bfloat16
+    if method == "auto" and A.dtype == torch.float32:  # SGLang's is exact before it rounds
+        method = "mbh_fp16x2" if output_dtype == torch.bfloat16 else AUTO[torch.float32]
     DOT = dot_precision(method, A.device, output_dtype)
     if implementation(A.device) == "torch":
         return solve_tril_torch(A, cu_seqlens, output_dtype)

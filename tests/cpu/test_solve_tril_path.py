@@ -142,10 +142,11 @@ def test_near_equal_keys_are_inverted_as_closely_as_by_float32_products(A: torch
     cu_seqlens = cu_seqlens_of(LENGTHS)
     truth = naive_solve_tril(A, cu_seqlens)
     floor = rel_err(truth.bfloat16(), truth)
-    method = dispatch.solve_tril_method("auto", torch.bfloat16)
-    own = rel_err(dispatch.ops.solve_tril(A, cu_seqlens, method=method), truth)
+    own = rel_err(dispatch.ops.solve_tril(A, cu_seqlens, method="mbh_fp16x2"), truth)
     assert (floor**2 + own**2) ** 0.5 <= 1.2 * floor
     coarse = rel_err(dispatch.ops.solve_tril(A, cu_seqlens, method="mbh_fp16"), truth)
     assert (floor**2 + coarse**2) ** 0.5 > 1.2 * floor
-    assert dispatch.solve_tril_method("auto", torch.float32) == "auto"
-    assert dispatch.solve_tril_method("mbh_tf32", torch.bfloat16) == "mbh_tf32"
+    auto = dispatch.ops.solve_tril(A, cu_seqlens, torch.bfloat16)
+    assert torch.equal(
+        auto, dispatch.ops.solve_tril(A, cu_seqlens, torch.bfloat16, method="mbh_fp16x2")
+    )

@@ -67,7 +67,6 @@ def sglang_from(forget_sglang: None) -> Callable[[Path, str], types.ModuleType]:
     """Put the unpacked sources of one SGLang release under the name ``sglang``."""
     from sglang_trinv.compat import chain
 
-
     def load(folder: Path, release: str) -> types.ModuleType:
         for name in [name for name in sys.modules if _is_sglang(name)]:
             del sys.modules[name]

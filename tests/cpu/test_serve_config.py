@@ -26,9 +26,7 @@ def with_sglang(monkeypatch, release):
 
 def test_sglang_missing(monkeypatch):
     without_sglang(monkeypatch)
-    with pytest.raises(
-        ServeError, match=r"^sglang is not installed: want a release from 0\.5\.9 "
-    ):
+    with pytest.raises(ServeError, match=r"^sglang is not installed: want a release from 0\.5\.9 "):
         serve_config.check_release()
 
 

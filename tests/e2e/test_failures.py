@@ -47,6 +47,11 @@ def llama(tmp_path_factory):
     return folder
 
 
+def heed_ctrl_c() -> None:
+    """A shell lets what it starts in the background ignore SIGINT: the tests may run there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_command_line_serves_a_model_without_linear_attention(llama, make_server, tmp_path):
     """`serve` says that the plugin is idle, `status` sees it, Ctrl-C leaves no process."""
     port = make_server("unused", model=llama, flags=()).config.port
@@ -58,6 +63,7 @@ def test_command_line_serves_a_model_without_linear_attention(llama, make_server
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     try:
         said = until(serve, "Serving at")

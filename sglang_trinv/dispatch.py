@@ -110,14 +110,9 @@ def solve_tril(
         UnsupportedCall: in strict mode, in place of a call that stock would answer.
     """
     A = call[0]
-    capability = _capability(A.device.index) if A.is_cuda else LEAST_CAPABILITY
-    if capability < LEAST_CAPABILITY:
-        reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
-        return _fall_back(reason, call, stock, config)
 
     def run() -> Any:
-        if config.fault in faults.INVERSES:
-            raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
+        refuse(A.device, config)
         Ai = ops.solve_tril(*call, chunk_indices=chunk_indices, method=config.method)
         inject.after_call(config.fault, Ai)  # u = Ai (beta v) is what the faults are named after
         return Ai
@@ -139,19 +134,27 @@ def kda_intra(
         UnsupportedCall: in strict mode, in place of a call that stock would answer.
     """
     k = call[1]
-    capability = _capability(k.device.index) if k.is_cuda else LEAST_CAPABILITY
-    if capability < LEAST_CAPABILITY:
-        reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
-        return _fall_back(reason, call, stock, config)
 
     def run() -> Any:
-        if config.fault in faults.INVERSES:
-            raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
+        refuse(k.device, config)
         result = ops.chunk_kda_fwd_intra(*call, method=config.method, return_A=False)
         inject.after_call(config.fault, result[1])
         return result
 
     return answer("kda_intra", run, k.device, call, stock, config)
+
+
+def refuse(device: torch.device, config: Config) -> None:
+    """What no op but ``fwd_intra`` answers, which has ``choose`` and the wrong inverses.
+
+    Raises:
+        UnsupportedCall: the GPU is too old, or a wrong inverse is asked for.
+    """
+    if device.type == "cuda" and capability_of(device.index) < LEAST_CAPABILITY:
+        found = capability_of(device.index)
+        raise UnsupportedCall(f"compute capability {found} is below {LEAST_CAPABILITY}")
+    if config.fault in faults.INVERSES:
+        raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
 
 
 def answer(
@@ -188,12 +191,12 @@ def _choose(call: tuple[Any, ...]) -> Choice:
         V=v.shape[-1],
         contiguous=all(x is None or x.is_contiguous() for x in (k, v, g, beta)),
         device=k.device.type,
-        capability=_capability(k.device.index) if k.is_cuda else None,
+        capability=capability_of(k.device.index) if k.is_cuda else None,
     )
 
 
 @functools.cache
-def _capability(index: int | None) -> tuple[int, int]:
+def capability_of(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 

@@ -6,16 +6,13 @@ SGLang calls ``kernel_dispatcher.extend_kernel.extend(...)``. Ours is a subclass
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sglang_trinv import dispatch, inject, ops
-from sglang_trinv.config import LEAST_CAPABILITY, Config
-from sglang_trinv.errors import UnsupportedCall
-from sglang_trinv.reference import faults
+from sglang_trinv.config import Config
 
 OP = "chunk_gated_delta_rule"
 
@@ -92,10 +89,7 @@ def extend(kernel: Any, tensors: tuple[Any, ...], pool: dict[str, Any], kwargs: 
     track = kwargs.get("track_state")
 
     def run() -> Any:
-        if config.fault in faults.INVERSES:
-            raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
-        if v.is_cuda and _capability(v.device.index) < LEAST_CAPABILITY:
-            raise UnsupportedCall(f"compute capability is below {LEAST_CAPABILITY}")
+        dispatch.refuse(v.device, config)
         o, _, h = ops.chunk_gated_delta_rule(
             *tensors,
             initial_state=pool["ssm_states"],
@@ -114,14 +108,9 @@ def extend(kernel: Any, tensors: tuple[Any, ...], pool: dict[str, Any], kwargs: 
 
     if v.is_cuda and config.gdn == "auto":
         heads = tensors[1].shape[2], v.shape[2]
-        if not wins(_capability(v.device.index), kernel.instead_of, heads, v.shape[1]):
+        if not wins(dispatch.capability_of(v.device.index), kernel.instead_of, heads, v.shape[1]):
             return stocks()
     return dispatch.answer(OP, run, v.device, (), stocks, config)
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 def _tracks(backend: Any) -> bool:

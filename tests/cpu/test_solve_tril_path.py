@@ -118,7 +118,7 @@ def test_an_old_gpu_is_refused(
     class OnTheGpu:
         is_cuda, device = True, torch.device("cuda", 0)
 
-    monkeypatch.setattr(dispatch, "_capability", lambda index: (7, 5))
+    monkeypatch.setattr(dispatch, "capability_of", lambda index: (7, 5))
     call = (OnTheGpu(), None, torch.float32)
     assert dispatch.solve_tril(call, stock=lambda *_: "stock", config=Config()) == "stock"
     assert list(process.fallbacks) == ["compute capability (7, 5) is below (8, 0)"]

@@ -114,7 +114,7 @@ def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
     forms = [configs.PrefillConfig(), configs.PrefillConfig(segments=2)]
     hopper = k.is_cuda and torch.cuda.get_device_capability(k.device) == (9, 0)
     if hopper and shape.K == shape.V == 128:
-        forms = [configs.ALONE, configs.WIDE, configs.SHORT, replace(configs.ALONE, segments=2)]
+        forms = [configs.ALONE, configs.WIDE, replace(configs.ALONE, segments=2)]
     for config in forms:
         for track in (None, torch.zeros_like(state, dtype=torch.float32)):
             o, _, _ = ops.chunk_gated_delta_rule(

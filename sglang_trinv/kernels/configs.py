@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is cut. One warp a program: the blocks of one chunk stay in its registers."""
+    """How a kernel is cut: the blocks of one chunk stay in the registers of a warp, or of two."""
 
     group: int  # value heads a program
     block_k: int = 128  # columns of k read at once for K K^T
     block_d: int = 64  # columns of k and v read at once for w and u
     stages: int = 1  # of the loop over these columns
     maxnreg: int | None = None
+    warps: int = 1
 
 
 # H200, us, T = 8192: 128 columns of k at once 35.9, 64 columns 38.5 (Hg/H 16/32); all value heads
@@ -34,10 +36,16 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
 FWD_INTRA = LaunchConfig(group=1, stages=2)
 # H200, us, T = 8192, 32 heads: 160 registers 52.6, unbounded 56.2, 128 57.5.
 SOLVE_TRIL_MAXNREG = 160
-# Not measured yet. 16 columns of the keys and 32 of w and u at once spill no register with fp16
-# products on sm_80 and sm_90; 32 columns of the keys spilled 128 bytes a thread on sm_90, 64
-# columns of w and u up to 16 (Triton 3.6 and 3.7.1, benchmarks/resources.py).
-KDA_INTRA = LaunchConfig(group=1, block_k=16, block_d=32)
+# H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;
+# 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), and
+# 64 and 64 with two warps 78.5.
+KDA_INTRA = LaunchConfig(group=1, block_k=32, block_d=64)
+KDA_INTRA_FEW = LaunchConfig(group=1, block_k=64, block_d=64, warps=2)
+KDA_FEW_PROGRAMS = 768
+
+
+def kda_intra_config(programs: int) -> LaunchConfig:
+    return KDA_INTRA_FEW if programs < KDA_FEW_PROGRAMS else KDA_INTRA
 
 
 @dataclass(frozen=True)
@@ -47,23 +55,20 @@ class PrefillConfig:
     state: str = "triton"  # kernels of the state pass: "triton" (any GPU) or "sm90" (Gluon)
     block_v: int = 64  # rows of the state a program
     warps: int = 4  # of a program ("triton")
-    stages: int = 2  # of the loop over chunks ("triton"); of k, v, Ai and factors ("sm90")
-    late_stages: int = 1  # of q and P ("sm90")
+    stages: int = 2  # chunks in flight
     maxnreg: int | None = None
     segments: int = 1  # a sequence, worked on at once
 
 
 SMS = 132  # of H100 and H200
-# H200, us, state pass. Up to one program of 64 rows an SM, three stages win: 8192 at 16/32 172 (two
-# stages 238, 128 rows 227), 8192 at 16/64 191 (256, 233). Beyond, 128 rows, which share q, k and
-# Ai: 16 x 2048 at 16/32 326 (64 rows, two programs an SM: 352, three stages: 412), 8 x 1024 at
-# 16/64 176 (187, 224); but two small programs an SM at 64 x 128 at 16/32: 182 (201, 225).
-ALONE = PrefillConfig(state="sm90", stages=3, late_stages=2)
-WIDE = PrefillConfig(state="sm90", block_v=128, stages=2, late_stages=2, maxnreg=168)
-SHORT = PrefillConfig(state="sm90", stages=2, late_stages=1, maxnreg=128)
-SHORT_CHUNKS = 4
+# H200, us, state pass. Up to one program of 64 rows an SM: 8192 at 16/32 140 (128 rows 220), at
+# 16/64 149 (223). Beyond, 128 rows, which share q, k, P and Ai: 16 x 2048 at 16/32 300 (two stages
+# 334, 64 rows 334), 8 x 1024 at 16/64 164 (181, 192), 64 x 128 at 16/32 203 (205, 236).
+ALONE = PrefillConfig(state="sm90", stages=3)
+WIDE = PrefillConfig(state="sm90", block_v=128, stages=3, maxnreg=168)
 
 
+@functools.cache
 def prefill_config(
     capability: tuple[int, int], groups: int, chunks: int, transfer_ratio: int, split: bool
 ) -> PrefillConfig:
@@ -75,16 +80,16 @@ def prefill_config(
     """
     chosen = PrefillConfig()
     if capability == (9, 0):
-        chosen = ALONE if groups <= SMS else WIDE if chunks > SHORT_CHUNKS else SHORT
-    if not split or groups > SMS // 2:
+        chosen = ALONE if groups <= SMS else WIDE
+    if not split or groups > SMS // 3:
         return chosen
     return replace(chosen, segments=prefill_segments(groups, chunks, transfer_ratio))
 
 
-# Per chunk and program: 1.34 us in the state pass (H200, 8192 at 16/32, one program an SM). The
-# rest is estimated and not measured yet: 0.84 us in the transfer pass, by its share of the
-# products; 2 us a segment to combine, 10 us for two more launches.
-STATE_US, TRANSFER_US, COMBINE_US, LAUNCHES_US = 1.34, 0.84, 2.0, 10.0
+# Per chunk and program 1.09 us in the state pass (H200, 8192 at 16/32, one program an SM); the rest
+# fits transfer and combination of 4 to 16 segments: 42 us at 8192 2/4, 119 at 32768 2/4, 167 at
+# 32768 16/16, 415 at 131072 4/8 (all 4 segments).
+STATE_US, TRANSFER_US, COMBINE_US, LAUNCHES_US = 1.09, 0.8, 2.0, 10.0
 
 
 def prefill_segments(groups: int, chunks: int, transfer_ratio: int) -> int:

@@ -13,7 +13,7 @@ clamped and no exponent is positive, however steep the gates (docs/numerics.md#k
 import triton
 import triton.language as tl
 
-from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
+from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64, tie_breaking
 from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, store_block_row
 
 
@@ -263,7 +263,10 @@ def kda_intra_kernel(
         E00, E11, E22, E33,
         G10 * b_n1, G20 * b_n2, G21 * b_n2, G30 * b_n3, G31 * b_n3, G32 * b_n3, DOT,
     )  # fmt: skip
-    X00, X11, X22, X33 = add_identity(E00), add_identity(E11), add_identity(E22), add_identity(E33)
+    b_t = tie_breaking(o_t, DOT)
+    X00, X11 = add_identity(E00) * b_t, add_identity(E11) * b_t
+    X22, X33 = add_identity(E22) * b_t, add_identity(E33) * b_t
+    X10, X21, X32 = X10 * b_t, X21 * b_t, X32 * b_t
     if STORE_A:
         p_A = Akk + head * 64
         store_block_row(p_A, H * 64, o_t, T, 4, X00, b_0, b_0, b_0)

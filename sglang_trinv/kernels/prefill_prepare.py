@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
+from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64, tie_breaking
 from sglang_trinv.kernels.chunks import load_gate, load_rows, store_block_row
 from sglang_trinv.kernels.fwd_intra import below_block, diagonal_block, gram_blocks
 
@@ -48,54 +48,25 @@ def square_sum(b_x):
     return tl.sum(b_x * b_x, 1)
 
 
-@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["cu_seqlens"])
-def scores_kernel(
-    q, k, g, beta, blocks, factors, cu_seqlens, scale, T, N, s_q, s_k,
-    H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-    IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """P_ij = scale exp(g_i - g_j) r_i q_i.k_j r_j for i >= j, else 0, and the chunk's factors.
-
-    q and k are normalised here (r = 1 / |.|), g is summed here. One program: one chunk of 64 tokens
-    and GROUP value heads of one key head. Layouts: q and k [T, Hg, K] with row strides s_q and s_k,
-    g and beta [T, H], blocks [slots, H, 2, 64, 64]: P is the second, factors float32
-    [slots, H, 6, 64]: exp(g_j) r_j, beta_j, exp(g_last - g_j) r_j of the keys, scale exp(g_i) r_i
-    of the queries, log2(e) times the summed g, r_j of the keys. Past the end the keys' factors and
-    the rows of P are zero, and g repeats its last value. Nothing is written for unused slots.
-    """
-    i_s = tl.program_id(0)
-    row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
-    if T <= 0:
-        return
-    i_h0 = tl.program_id(1) * GROUP
-    o_t, o_k = tl.arange(0, 64), tl.arange(0, K)
-    b_q = load_rows(q + row * s_q + i_h0 // (H // Hg) * K, s_q, o_t, o_k, T)
-    b_k = load_rows(k + row * s_k + i_h0 // (H // Hg) * K, s_k, o_t, o_k, T)
-    b_rq = length_factor(square_sum(b_q), NORM) * scale
-    b_rk = tl.where(o_t < T, length_factor(square_sum(b_k), NORM), 0.0)
-    b_G = tl.dot(b_q.to(IO), tl.trans(b_k.to(IO))) * b_rk[None, :]
-    b_G = tl.where(o_t[:, None] >= o_t[None, :], b_G, 0.0) * b_rq[:, None]
-    for i_g in range(GROUP):
-        i_h = i_h0 + i_g
-        tile = i_s.to(tl.int64) * H + i_h
-        b_g = tl.cumsum(load_gate(g + row * H + i_h, H, o_t, T, True) * LOG2E, 0)
-        g_last = tl.sum(tl.where(o_t == 63, b_g, 0.0), 0)
-        p_f = factors + tile * 384 + o_t
-        tl.store(p_f, b_rk * tl.exp2(b_g))
-        tl.store(p_f + 64, load_gate(beta + row * H + i_h, H, o_t, T, True))
-        tl.store(p_f + 128, b_rk * tl.exp2(g_last - b_g))
-        tl.store(p_f + 192, b_rq * tl.exp2(b_g))
-        tl.store(p_f + 256, b_g)
-        tl.store(p_f + 320, b_rk)
-        b_P = b_G * tl.exp2(tl.minimum(b_g[:, None] - b_g[None, :], 0.0))
-        p_P = blocks + tile * 8192 + 4096 + o_t[:, None] * 64 + o_t[None, :]
-        tl.store(p_P, b_P.to(blocks.dtype.element_ty))
+@triton.jit
+def store_lengths(p_r, b_G, o_t, T, NORM: tl.constexpr):
+    """Store 1 / |k| of 16 rows, from the diagonal of their products; 0 past the end."""
+    o_i = tl.arange(0, 16)
+    b_d = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_G, 0.0), 1)
+    tl.store(p_r + o_t, tl.where(o_t < T, length_factor(b_d, NORM), 0.0))
 
 
 @triton.jit
-def unit_gram_blocks(p_k, s_k, p_r, o_t, T, K: tl.constexpr, BK: tl.constexpr, IO: tl.constexpr):
-    """The ten lower blocks of K K^T of one chunk with rows of K times the factors at ``p_r``."""
+def unit_gram_blocks(
+    p_k, s_k, p_r, o_t, T, K: tl.constexpr, BK: tl.constexpr, IO: tl.constexpr, NORM: tl.constexpr
+):
+    """The ten lower blocks of the normalised K K^T of one chunk; 1 / |k| is stored at ``p_r``."""
     G00, G10, G11, G20, G21, G22, G30, G31, G32, G33 = gram_blocks(p_k, s_k, o_t, T, K, BK, IO)
+    store_lengths(p_r, G00, o_t, T, NORM)
+    store_lengths(p_r, G11, o_t + 16, T, NORM)
+    store_lengths(p_r, G22, o_t + 32, T, NORM)
+    store_lengths(p_r, G33, o_t + 48, T, NORM)
+    tl.debug_barrier()
     b_r0, b_r1 = tl.load(p_r + o_t), tl.load(p_r + 16 + o_t)
     b_r2, b_r3 = tl.load(p_r + 32 + o_t), tl.load(p_r + 48 + o_t)
     G00 *= b_r0[None, :] * b_r0[:, None]
@@ -111,45 +82,47 @@ def unit_gram_blocks(p_k, s_k, p_r, o_t, T, K: tl.constexpr, BK: tl.constexpr, I
     return G00, G10, G11, G20, G21, G22, G30, G31, G32, G33
 
 
-@triton.jit
-def tie_breaking(o_t, DOT: tl.constexpr):
-    """Row factors that move by less than half of the last of 11 bits, up and down in turns.
-
-    What stands next to the diagonal keeps the 11 bits to which N was rounded. On near-equal keys
-    these entries are one number; rounded to the 8 bits of bfloat16, ties to even, they would all
-    err to one side (cosine 0.998, beta 1: 2.3 times the state error of SGLang's chain).
-    """
-    b_t = (o_t & 1).to(tl.float32) - 0.5
-    if DOT == "fp16" or DOT == "tf32":
-        return (1.0 + b_t * 0.000244140625)[:, None]
-    else:
-        return (1.0 + b_t * 0.0)[:, None]
-
-
 @triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["cu_seqlens"])
 def inverse_kernel(
-    k, blocks, factors, cu_seqlens, T, N, s_k,
+    k, g, beta, blocks, factors, cu_seqlens, T, N, s_k,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr,
     BN: tl.constexpr, DOT: tl.constexpr, IO: tl.constexpr, VARLEN: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Ai = (I + strict_tril(beta_i exp(g_i - g_j) r_i k_i.k_j r_j))^-1.
+    """Ai = (I + strict_tril(beta_i exp(g_i - g_j) r_i k_i.k_j r_j))^-1, and the keys' factors.
 
-    One program, one warp: one chunk and GROUP value heads of one key head. Layouts as in
-    scores_kernel, which wrote the factors before; Ai is the first of blocks. Ai is the identity
-    past the end; nothing is written for unused slots.
+    k is normalised here (r = 1 / |k|), g is summed here. One program, one warp: one chunk of 64
+    tokens and GROUP value heads of one key head. Layouts: k [T, Hg, K] with row stride s_k, g and
+    beta [T, H], blocks [slots, H, 2, 64, 64]: Ai is the first, factors float32 [slots, H, 6, 64]:
+    beta_j exp(g_j) r_j, beta_j, exp(g_last - g_j) r_j, one left free, log2(e) times the summed g,
+    r_j. Past the end Ai is the identity, factors are zero and g repeats its last value. Nothing is
+    written for unused slots.
     """
     i_s = tl.program_id(0)
     row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
     if T <= 0:
         return
     i_h0 = tl.program_id(1) * GROUP
-    o_t = tl.arange(0, 16)
+    o_t, o_c = tl.arange(0, 16), tl.arange(0, 64)
     p_k = k + row * s_k + i_h0 // (H // Hg) * K
+    p_r = factors + (i_s.to(tl.int64) * H + i_h0) * 384 + 320
     G00, G10, G11, G20, G21, G22, G30, G31, G32, G33 = unit_gram_blocks(
-        p_k, s_k, factors + (i_s.to(tl.int64) * H + i_h0) * 384 + 320, o_t, T, K, BK, IO
+        p_k, s_k, p_r, o_t, T, K, BK, IO, NORM
     )
     for i_g in range(GROUP):
-        tile = i_s.to(tl.int64) * H + i_h0 + i_g
+        i_h = i_h0 + i_g
+        tile = i_s.to(tl.int64) * H + i_h
+        b_g = tl.cumsum(load_gate(g + row * H + i_h, H, o_c, T, True) * LOG2E, 0)
+        b_b = load_gate(beta + row * H + i_h, H, o_c, T, True)
+        b_r = tl.load(p_r + o_c)
+        g_last = tl.sum(tl.where(o_c == 63, b_g, 0.0), 0)
+        p_f = factors + tile * 384 + o_c
+        tl.store(p_f, b_b * b_r * tl.exp2(b_g))
+        tl.store(p_f + 64, b_b)
+        tl.store(p_f + 128, b_r * tl.exp2(g_last - b_g))
+        tl.store(p_f + 256, b_g)
+        tl.store(p_f + 320, b_r)
+        tl.debug_barrier()
         p_b, p_g = factors + tile * 384 + 64, factors + tile * 384 + 256
         b_b0, b_b1 = tl.load(p_b + o_t), tl.load(p_b + 16 + o_t)
         b_b2, b_b3 = tl.load(p_b + 32 + o_t), tl.load(p_b + 48 + o_t)
@@ -179,3 +152,37 @@ def inverse_kernel(
         store_block_row(p_A, 64, o_t + 16, 64, 4, X10, E11, b_0, b_0)
         store_block_row(p_A, 64, o_t + 32, 64, 4, X20, X21, E22, b_0)
         store_block_row(p_A, 64, o_t + 48, 64, 4, X30, X31, X32, E33)
+
+
+@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["cu_seqlens"])
+def scores_kernel(
+    q, k, blocks, factors, cu_seqlens, scale, T, N, s_q, s_k,
+    H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
+    IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """P_ij = scale exp(g_i - g_j) r_i q_i.k_j r_j for i >= j, else 0, and the queries' factors.
+
+    q is normalised here. One program: one chunk and GROUP value heads of one key head. Layouts as
+    in inverse_kernel, which wrote the keys' factors before; P is the second of blocks, scale
+    exp(g_i) r_i of the queries the factor that was left free.
+    """
+    i_s = tl.program_id(0)
+    row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
+    if T <= 0:
+        return
+    i_h0 = tl.program_id(1) * GROUP
+    o_t, o_k = tl.arange(0, 64), tl.arange(0, K)
+    b_q = load_rows(q + row * s_q + i_h0 // (H // Hg) * K, s_q, o_t, o_k, T)
+    b_k = load_rows(k + row * s_k + i_h0 // (H // Hg) * K, s_k, o_t, o_k, T)
+    b_rq = length_factor(square_sum(b_q), NORM) * scale
+    p_f = factors + (i_s.to(tl.int64) * H + i_h0) * 384 + o_t
+    b_G = tl.dot(b_q.to(IO), tl.trans(b_k.to(IO))) * tl.load(p_f + 320)[None, :]
+    b_G = tl.where(o_t[:, None] >= o_t[None, :], b_G, 0.0) * b_rq[:, None]
+    p_P = blocks + (i_s.to(tl.int64) * H + i_h0) * 8192 + 4096 + o_t[:, None] * 64 + o_t[None, :]
+    for _ in range(GROUP):
+        b_g = tl.load(p_f + 256)
+        tl.store(p_f + 192, b_rq * tl.exp2(b_g))
+        b_P = b_G * tl.exp2(tl.minimum(b_g[:, None] - b_g[None, :], 0.0))
+        tl.store(p_P, b_P.to(blocks.dtype.element_ty))
+        p_f += 384
+        p_P += 8192

@@ -48,7 +48,7 @@ def transfer_kernel(
         b_e = tl.load(p_f + i_c * 384 + 128 + o_t)
         d = tl.exp2(tl.load(p_f + i_c * 384 + 319))
         b_D = tl.dot(b_S.to(dtype).to(IO), tl.trans(b_k))
-        b_D = (tl.trans(b_v).to(tl.float32) - b_D * b_a[None, :]) * b_b[None, :]
+        b_D = tl.trans(b_v).to(tl.float32) * b_b[None, :] - b_D * b_a[None, :]
         b_U = tl.dot(b_D.to(dtype).to(IO), tl.trans(b_A))
         b_S = tl.dot((b_U * b_e[None, :]).to(dtype).to(IO), b_k, b_S * d)
     p_e = ends + (one * i_ns * H + i_h) * ((V + K) * K)

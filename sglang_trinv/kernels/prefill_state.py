@@ -122,7 +122,7 @@ def state_kernel(
         b_h = b_h.to(IO)
         b_D = tl.dot(b_h, tl.trans(b_k))
         b_o = tl.dot(b_h, tl.trans(b_q))
-        b_D = (tl.trans(b_v).to(tl.float32) - b_D * b_a[None, :]) * b_b[None, :]
+        b_D = tl.trans(b_v).to(tl.float32) * b_b[None, :] - b_D * b_a[None, :]
         b_U = tl.dot(b_D.to(dtype).to(IO), tl.trans(b_A))
         b_S = tl.dot((b_U * b_e[None, :]).to(dtype).to(IO), b_k, b_S * d)
         b_o = tl.dot(b_U.to(dtype).to(IO), tl.trans(b_P), b_o * b_c[None, :])

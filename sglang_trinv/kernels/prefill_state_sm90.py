@@ -7,9 +7,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
+# A row that no tensor has. Hopper traps a store at a negative coordinate.
+PAST_END = gl.constexpr(1 << 30)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 
 
@@ -41,14 +44,18 @@ def segment_chunks(i_s, n_tokens, G):
 
 
 @gluon.jit
-def stage_barriers(STAGES: gl.constexpr, READERS: gl.constexpr):
-    """("filled", "free") of each stage; ``READERS`` warpgroups say that it is free."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+def stage_barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
+    """One barrier a stage, for ``COUNT`` arrivals."""
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=READERS)
-    return full, free
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit
+def chunk_factors(s):
+    """The rows of a chunk's factors, one behind the other."""
+    return s._reinterpret(gl.float32, [512], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
 @gluon.jit
@@ -57,139 +64,165 @@ def factor(s, ROW: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def last_gate(s, layout: gl.constexpr):
+    """The decay over the whole chunk, read from shared memory when it is wanted and not before."""
+    return gl.exp2(gl.expand_dims(s.slice(319, 1).load(gl.SliceLayout(0, layout)), 0))
+
+
+@gluon.jit
+def scale_values(b_v, b_b):
+    """v beta in float32, computed where this stands: the compiler would delay it to its use."""
+    asm: gl.constexpr = (
+        "{ .reg .b32 x, y; shl.b32 x, $2, 16; and.b32 y, $2, 0xffff0000;"
+        " mul.f32 $0, x, $3; mul.f32 $1, y, $4; }"
+    )
+    if b_v.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", [b_v, b_b], gl.float32, False, 2)
+    else:
+        return b_v.to(gl.float32) * b_b
+
+
+@gluon.jit
 def load_tiles(
-    q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full_e, free_e, full_l, free_l,
-    row, tile, NT, c_k, c_v, H: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr,
+    q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free,
+    row, tile, NT, c_k, c_v, H: gl.constexpr, STAGES: gl.constexpr,
     HALVES: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy chunk after chunk into shared memory, as far ahead as there is room."""
-    early: gl.constexpr = (
-        k.block_type.nbytes + HALVES * v.block_type.nbytes + blocks.block_type.nbytes
-        + factors.block_type.nbytes
-    )  # fmt: skip
-    late: gl.constexpr = q.block_type.nbytes + blocks.block_type.nbytes
+    size: gl.constexpr = (4 + HALVES) * q.block_type.nbytes + factors.block_type.nbytes
+    size_P: gl.constexpr = 2 * blocks.block_type.nbytes
     for i_t in range(NT):
-        e = i_t % EARLY
-        bar = full_e.index(e)
-        mbarrier.wait(free_e.index(e), ((i_t // EARLY) & 1) ^ 1)
-        mbarrier.expect(bar, early)
+        e = i_t % STAGES
+        bar = full.index(e)
+        mbarrier.wait(free.index(e), ((i_t // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, size)
         tma.async_copy_global_to_shared(k, [row, c_k], bar, s_k.index(e))
-        tma.async_copy_global_to_shared(factors, [tile * 384], bar, s_f.index(e))
+        tma.async_copy_global_to_shared(factors, [tile * 6, 0], bar, s_f.index(e))
         for i in gl.static_range(HALVES):
             tma.async_copy_global_to_shared(v, [row, c_v + i * 64], bar, s_v.index(e * HALVES + i))
+        for i in gl.static_range(2):
+            tma.async_copy_global_to_shared(q, [row, c_k + i * 64], bar, s_q.index(e * 2 + i))
+        bar = full_P.index(e)
+        mbarrier.expect(bar, size_P)
         tma.async_copy_global_to_shared(blocks, [tile * 128, 0], bar, s_A.index(e))
-        i_l = i_t % LATE
-        bar = full_l.index(i_l)
-        mbarrier.wait(free_l.index(i_l), ((i_t // LATE) & 1) ^ 1)
-        mbarrier.expect(bar, late)
-        tma.async_copy_global_to_shared(q, [row, c_k], bar, s_q.index(i_l))
-        tma.async_copy_global_to_shared(blocks, [tile * 128 + 64, 0], bar, s_P.index(i_l))
+        tma.async_copy_global_to_shared(blocks, [tile * 128 + 64, 0], bar, s_P.index(e))
         row += 64
         tile += H
 
 
 @gluon.jit
 def run_chunks(
-    o_desc, gates, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full_e, free_e,
-    full_l, free_l, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
-    H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr,
-    HALVES: gl.constexpr, HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr,
-    WRITE_STATE: gl.constexpr, STORE_H: gl.constexpr, TRACK: gl.constexpr, HALF: gl.constexpr,
+    o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P, free,
+    index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
+    H: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
+    HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
+    STORE_H: gl.constexpr, TRACK: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 rows of the transposed state through NT chunks of a sequence.
+    """One warpgroup: 64 rows of the transposed state, in two halves of K, through NT chunks.
 
-    The compiler waits for all products in flight before it writes to shared memory. So a chunk's
-    output goes there at its end, when none are, and on from there in the next chunk.
+    The recurrence is X (state times keys), D, U (D times Ai), the new state: what the outputs need
+    is issued behind each of these products, so that the tensor cores have work while the next
+    operand is computed. The compiler waits for all products in flight before it writes to shared
+    memory: so a chunk's output goes there when none are, and on from there in the next chunk.
     """
-    mma_t: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    mma_k: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
-    left: gl.constexpr = gl.DotOperandLayout(0, mma_t, 2)
-    left_k: gl.constexpr = gl.DotOperandLayout(0, mma_k, 2)
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     dtype: gl.constexpr = s_k.dtype
+    K: gl.constexpr = 128
     c_v = i_h * V + (i_v * HALVES + HALF) * 64
-    o_v = (i_v * HALVES + HALF) * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma_k))
-    o_vk = gl.expand_dims(o_v, 1) * K + gl.expand_dims(gl.arange(0, K, gl.SliceLayout(0, mma_k)), 0)
+    o_v = (i_v * HALVES + HALF) * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
+    o_vk = gl.expand_dims(o_v, 1) * K + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, mma)), 0)
     p_state = state + index * s_state + i_h * (V * K)
-    b_S = gl.zeros([64, K], gl.float32, mma_k)
+    zeros = gl.zeros([64, 64], gl.float32, mma)
+    b_S0, b_S1 = zeros, zeros
     if HAS_STARTS:
-        b_S = gl.load(starts + (i_ns.to(gl.int64) * H + i_h) * (V * K) + o_vk)
+        p_s = starts + (i_ns.to(gl.int64) * H + i_h) * (V * K) + o_vk
+        b_S0, b_S1 = gl.load(p_s), gl.load(p_s + 64)
     elif HAS_STATE:
         if index >= 0:
-            b_S = gl.load(p_state + o_vk).to(gl.float32)
-    zeros = gl.zeros([64, 64], gl.float32, mma_t)
-    b_y = zeros.to(dtype)
-    row_y = row * 0 - 64  # outside the tensor: not written
-    b_h = b_S.to(dtype)
-    d = gl.load(gates + tile * 384 + 319)
+            b_S0 = gl.load(p_state + o_vk).to(gl.float32)
+            b_S1 = gl.load(p_state + o_vk + 64).to(gl.float32)
+    row_y = row * 0 + PAST_END  # the first copy, of no output yet, writes nothing
     s_o = s_o.index(HALF)
+    t_o = warpgroup_mma_init(zeros)
+    mbarrier.wait(full.index(0), 0)
 
     for i_t in range(NT):
-        e, i_l = i_t % EARLY, i_t % LATE
+        e = i_t % STAGES
+        s_ke, s_ve, s_fe = s_k.index(e), s_v.index(e * HALVES + HALF), chunk_factors(s_f.index(e))
+        s_k0, s_k1 = s_ke.slice(0, 64, 1), s_ke.slice(64, 64, 1)
+        s_q0, s_q1 = s_q.index(e * 2), s_q.index(e * 2 + 1)
+        b_h0 = b_S0.to(dtype)
+        b_h1 = b_S1.to(dtype)
         if STORE_H:
-            gl.store(h + ((first + i_t).to(gl.int64) * H + i_h) * (V * K) + o_vk, b_h)
+            p_h = h + ((first + i_t).to(gl.int64) * H + i_h) * (V * K) + o_vk
+            gl.store(p_h, b_h0)
+            gl.store(p_h + 64, b_h1)
         if TRACK:
             if i_t == i_track:
-                gl.store(track + (i_n.to(gl.int64) * H + i_h) * (V * K) + o_vk, b_S)
-        b_hl = gl.convert_layout(b_h, left)
-        mbarrier.wait(full_e.index(e), (i_t // EARLY) & 1)
+                p_t = track + (i_n.to(gl.int64) * H + i_h) * (V * K) + o_vk
+                gl.store(p_t, b_S0)
+                gl.store(p_t + 64, b_S1)
+        b_h = gl.convert_layout(gl.join(b_h0, b_h1).permute((0, 2, 1)).reshape((64, 128)), left)
+        b_h0 = gl.convert_layout(b_h0, left)
+        b_h1 = gl.convert_layout(b_h1, left)
+        b_o = warpgroup_mma_wait(0, [t_o])
+        s_o.permute((1, 0)).store(b_o.to(dtype))
         n = n_tokens - i_t * 64
         if n < 64:
-            mbarrier.wait(full_l.index(i_l), (i_t // LATE) & 1)
-            clear_rows(s_k.index(e), n)
-            clear_rows(s_q.index(i_l), n)
-            clear_rows(s_v.index(e * HALVES + HALF), n)
+            clear_rows(s_ke, n)
+            clear_rows(s_q0, n)
+            clear_rows(s_q1, n)
+            clear_rows(s_ve, n)
             fence_async_shared()
             barrier()
-        t_X = warpgroup_mma(b_hl, s_k.index(e).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        mbarrier.wait(full_l.index(i_l), (i_t // LATE) & 1)
-        t_o = warpgroup_mma(
-            b_hl, s_q.index(i_l).permute((1, 0)), zeros, use_acc=False, is_async=True
-        )
-        fence_async_shared()
-        barrier()
-        tma.async_copy_shared_to_global(o_desc, [row_y, c_v], s_o)
-        mbarrier.arrive(free_e.index((i_t + EARLY - 1) % EARLY), pred=i_t > 0)
-        if LATE > 1:
-            mbarrier.arrive(free_l.index((i_t + LATE - 1) % LATE), pred=i_t > 0)
-        f = s_f.index(e)
-        b_b = factor(f, 1, mma_t)
-        b_v = s_v.index(e * HALVES + HALF).permute((1, 0)).load(mma_t).to(gl.float32) * b_b
-        b_a = factor(f, 0, mma_t) * b_b
-        tile += H
-        g_next = gl.load(gates + tile * 384 + 319, mask=i_t + 1 < NT, other=0.0)
+        b_v, b_b = s_ve.permute((1, 0)).load(mma), factor(s_fe, 1, mma)
+        b_a = factor(s_fe, 0, mma)
+        t_X = warpgroup_mma(b_h, s_ke.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        b_v = scale_values(b_v, b_b)
+        mbarrier.wait(full_P.index(e), (i_t // STAGES) & 1)
+        b_d = last_gate(s_fe, mma)
+        t_o = warpgroup_mma(b_h0, s_q0.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        b_S0 = b_S0 * b_d
+        b_S1 = b_S1 * b_d
         b_X = warpgroup_mma_wait(1, [t_X])
+        b_e, b_c = factor(s_fe, 2, mma), factor(s_fe, 3, mma)
+        fence_async_shared()
         b_D = gl.convert_layout((b_v - b_X * b_a).to(dtype), left)
+        barrier()
         t_U = warpgroup_mma(b_D, s_A.index(e).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        b_S = b_S * gl.exp2(d)
-        b_e, b_c = factor(f, 2, mma_t), factor(f, 3, mma_t)
-        b_o = warpgroup_mma_wait(1, [t_o]) * b_c
-        b_U = warpgroup_mma_wait(0, [t_U])
-        b_Ue = gl.convert_layout((b_U * b_e).to(dtype), left_k)
-        t_S = warpgroup_mma(b_Ue, s_k.index(e), b_S, is_async=True)
-        b_Ub = gl.convert_layout(b_U.to(dtype), left)
-        t_o = warpgroup_mma(b_Ub, s_P.index(i_l).permute((1, 0)), b_o, is_async=True)
+        t_o = warpgroup_mma(b_h1, s_q1.permute((1, 0)), t_o, is_async=True)
+        tma.async_copy_shared_to_global(o_desc, [row_y, c_v], s_o)
+        mbarrier.arrive(free.index((i_t + STAGES - 1) % STAGES), pred=i_t > 0)
+        b_U = warpgroup_mma_wait(1, [t_U])
+        b_Ue = gl.convert_layout((b_U * b_e).to(dtype), left)
+        t_S0 = warpgroup_mma(b_Ue, s_k0, b_S0, is_async=True)
+        t_S1 = warpgroup_mma(b_Ue, s_k1, b_S1, is_async=True)
+        b_U = gl.convert_layout(b_U.to(dtype), left)
+        b_o = warpgroup_mma_wait(2, [t_o]) * b_c
+        t_o = warpgroup_mma(b_U, s_P.index(e).permute((1, 0)), b_o, is_async=True)
+        x = i_t + 1
+        mbarrier.wait(full.index(x % STAGES), (x // STAGES) & 1, pred=x < NT)
         tma.store_wait(0)
         barrier()
-        b_S = warpgroup_mma_wait(1, [t_S])
-        b_h = b_S.to(dtype)
-        b_o = warpgroup_mma_wait(0, [t_o])
-        b_y = b_o.to(dtype)
-        s_o.permute((1, 0)).store(b_y)
-        if LATE == 1:
-            barrier()
-            mbarrier.arrive(free_l.index(i_l))
+        if HALVES == 1:
+            b_S0, b_S1 = warpgroup_mma_wait(1, [t_S0, t_S1])
+        else:  # two warpgroups have too few registers to leave one in flight
+            b_S0, b_S1, b_o = warpgroup_mma_wait(0, [t_S0, t_S1, t_o])
+            t_o = warpgroup_mma_init(b_o)
         row_y = row
         row += 64
-        d = g_next
 
+    b_o = warpgroup_mma_wait(0, [t_o])
+    s_o.permute((1, 0)).store(b_o.to(dtype))
     n = n_tokens - (NT - 1) * 64
     if n < 64:
-        o_t = gl.arange(0, 64, gl.SliceLayout(0, mma_t))
-        o_r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, mma_t)), 1)
-        p_o = o + row_y.to(gl.int64) * (H * V) + c_v
-        gl.store(
-            p_o + (o_r + gl.expand_dims(o_t, 0) * (H * V)), b_y, mask=gl.expand_dims(o_t < n, 0)
-        )
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        o_r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
+        o_c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
+        barrier()
+        p_o = o + row_y.to(gl.int64) * (H * V) + c_v + o_r * (H * V) + o_c
+        gl.store(p_o, s_o.load(layout), mask=(o_r < n) & (o_c >= 0))
     else:
         fence_async_shared()
         barrier()
@@ -197,7 +230,8 @@ def run_chunks(
     tma.store_wait(0)
     if WRITE_STATE:
         if (index >= 0) & (n <= 64):
-            gl.store(p_state + o_vk, b_S.to(state.dtype.element_ty))
+            gl.store(p_state + o_vk, b_S0.to(state.dtype.element_ty))
+            gl.store(p_state + o_vk + 64, b_S1.to(state.dtype.element_ty))
 
 
 @gluon.jit(
@@ -205,10 +239,10 @@ def run_chunks(
     do_not_specialize_on_alignment=["cu_seqlens", "state_indices", "track_chunks"],
 )
 def state_kernel_sm90(
-    q, k, v, blocks, factors, o_desc, gates, o, h, state, state_indices, starts, track,
+    q, k, v, blocks, factors, o_desc, o, h, state, state_indices, starts, track,
     track_chunks, cu_seqlens, T, G, s_state,
     H: gl.constexpr, Hg: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HALVES: gl.constexpr,
-    EARLY: gl.constexpr, LATE: gl.constexpr, VARLEN: gl.constexpr, HAS_STATE: gl.constexpr,
+    STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_STATE: gl.constexpr,
     HAS_INDICES: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
     STORE_H: gl.constexpr, TRACK: gl.constexpr,
 ):  # fmt: skip
@@ -216,9 +250,9 @@ def state_kernel_sm90(
 
     One program: 64 HALVES rows of the state of one value head through one segment of a sequence; a
     warpgroup for each 64 and one warp that copies. Tensor descriptors (bfloat16 or float16 unless
-    said): q and k [T, Hg K] in tiles of [64, K], v and o_desc [T, H V] of [64, 64], blocks
-    [slots H 128, 64] of [64, 64], factors float32 [slots H 384] of [256], whose memory is gates.
-    EARLY and LATE are the copies in flight of (k, v, Ai, factors) and of (q, P).
+    said) in tiles of [64, 64]: q and k [T, Hg K], v and o_desc [T, H V], blocks [slots H 128, 64];
+    in tiles of [8, 64]: factors, float32 [slots H 6, 64].
+    STAGES is the number of copies in flight.
     """
     dtype: gl.constexpr = k.dtype
     i_v, i_h, i_ns = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -240,15 +274,15 @@ def state_kernel_sm90(
     if HAS_INDICES:
         index = gl.load(state_indices + i_n).to(gl.int64)
 
-    s_k = gl.allocate_shared_memory(dtype, [EARLY, 64, K], k.layout)
-    s_v = gl.allocate_shared_memory(dtype, [EARLY * HALVES, 64, 64], v.layout)
-    s_A = gl.allocate_shared_memory(dtype, [EARLY, 64, 64], blocks.layout)
-    s_f = gl.allocate_shared_memory(gl.float32, [EARLY, 256], factors.layout)
-    s_q = gl.allocate_shared_memory(dtype, [LATE, 64, K], q.layout)
-    s_P = gl.allocate_shared_memory(dtype, [LATE, 64, 64], blocks.layout)
+    s_k = gl.allocate_shared_memory(dtype, [STAGES, 64, 128], k.layout)
+    s_v = gl.allocate_shared_memory(dtype, [STAGES * HALVES, 64, 64], v.layout)
+    s_A = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], blocks.layout)
+    s_f = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 64], factors.layout)
+    s_q = gl.allocate_shared_memory(dtype, [STAGES * 2, 64, 64], q.layout)
+    s_P = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], blocks.layout)
     s_o = gl.allocate_shared_memory(dtype, [HALVES, 64, 64], o_desc.layout)
-    full_e, free_e = stage_barriers(EARLY, HALVES)
-    full_l, free_l = stage_barriers(LATE, HALVES)
+    full, full_P = stage_barriers(STAGES, 1), stage_barriers(STAGES, 1)
+    free = stage_barriers(STAGES, HALVES)
     fence_async_shared()
     barrier()
 
@@ -260,32 +294,32 @@ def state_kernel_sm90(
     if HALVES == 1:
         gl.warp_specialize([
             (run_chunks, (
-                o_desc, gates, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full_e, free_e, full_l, free_l, index, s_state, row, n_tokens, tile, first,
-                i_track, NT, i_n, i_ns, i_h, i_v, H, K, V, EARLY, LATE, HALVES, HAS_STATE,
-                HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
+                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
+                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
+                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
+                TRACK, 0,
             )),
             (load_tiles, (
-                q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full_e, free_e, full_l,
-                free_l, row, tile, NT, c_k, c_v, H, EARLY, LATE, HALVES,
+                q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free, row,
+                tile, NT, c_k, c_v, H, STAGES, HALVES,
             )),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (run_chunks, (
-                o_desc, gates, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full_e, free_e, full_l, free_l, index, s_state, row, n_tokens, tile, first,
-                i_track, NT, i_n, i_ns, i_h, i_v, H, K, V, EARLY, LATE, HALVES, HAS_STATE,
-                HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
+                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
+                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
+                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
+                TRACK, 0,
             )),
             (run_chunks, (
-                o_desc, gates, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full_e, free_e, full_l, free_l, index, s_state, row, n_tokens, tile, first,
-                i_track, NT, i_n, i_ns, i_h, i_v, H, K, V, EARLY, LATE, HALVES, HAS_STATE,
-                HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 1,
+                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
+                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
+                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
+                TRACK, 1,
             )),
             (load_tiles, (
-                q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full_e, free_e, full_l,
-                free_l, row, tile, NT, c_k, c_v, H, EARLY, LATE, HALVES,
+                q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free, row,
+                tile, NT, c_k, c_v, H, STAGES, HALVES,
             )),
         ], [4, 1], [240, 24])  # fmt: skip

@@ -12,7 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sglang_trinv.kernels.prefill_state_sm90 import (
     barrier,
+    chunk_factors,
     factor,
+    last_gate,
     locate,
     segment_chunks,
     stage_barriers,
@@ -35,7 +37,7 @@ def load_segment(
         mbarrier.wait(free.index(e), ((i_t // STAGES) & 1) ^ 1)
         mbarrier.expect(bar, size)
         tma.async_copy_global_to_shared(k, [row, c_k], bar, s_k.index(e))
-        tma.async_copy_global_to_shared(factors, [tile * 384], bar, s_f.index(e))
+        tma.async_copy_global_to_shared(factors, [tile * 6, 0], bar, s_f.index(e))
         tma.async_copy_global_to_shared(v, [row, c_v], bar, s_v.index(e))
         tma.async_copy_global_to_shared(blocks, [tile * 128, 0], bar, s_A.index(e))
         row += 64
@@ -44,7 +46,7 @@ def load_segment(
 
 @gluon.jit
 def run_segment(
-    gates, ends, s_k, s_v, s_A, s_f, full, free, tile, NT, i_ns, i_h, i_v,
+    ends, s_k, s_v, s_A, s_f, full, free, NT, i_ns, i_h, i_v,
     H: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of [L; M] through NT whole chunks."""
@@ -58,7 +60,6 @@ def run_segment(
     b_S = gl.where(o_v - V == o_k, 1.0, 0.0)
     zeros = gl.zeros([64, 64], gl.float32, mma_t)
     has_v = i_v < V // 64
-    d = gl.load(gates + tile * 384 + 319)
 
     for i_t in range(NT):
         e = i_t % STAGES
@@ -67,30 +68,27 @@ def run_segment(
         t_X = warpgroup_mma(b_h, s_k.index(e).permute((1, 0)), zeros, use_acc=False, is_async=True)
         barrier()
         mbarrier.arrive(free.index((i_t + STAGES - 1) % STAGES), pred=i_t > 0)
-        f = s_f.index(e)
+        f = chunk_factors(s_f.index(e))
         b_b = factor(f, 1, mma_t)
         b_v = s_v.index(e).permute((1, 0)).load(mma_t).to(gl.float32)
         b_v = gl.where(has_v, b_v, 0.0) * b_b
-        b_a = factor(f, 0, mma_t) * b_b
-        tile += H
-        g_next = gl.load(gates + tile * 384 + 319, mask=i_t + 1 < NT, other=0.0)
+        b_a = factor(f, 0, mma_t)
         b_X = warpgroup_mma_wait(0, [t_X])
         b_D = gl.convert_layout((b_v - b_X * b_a).to(dtype), left)
         t_U = warpgroup_mma(b_D, s_A.index(e).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        b_S = b_S * gl.exp2(d)
+        b_S = b_S * last_gate(f, mma_k)
         b_e = factor(f, 2, mma_t)
         b_U = warpgroup_mma_wait(0, [t_U])
         b_U = gl.convert_layout((b_U * b_e).to(dtype), left_k)
         t_S = warpgroup_mma(b_U, s_k.index(e), b_S, is_async=True)
         b_S = warpgroup_mma_wait(0, [t_S])
-        d = g_next
     p_e = ends + (i_ns.to(gl.int64) * H + i_h) * ((V + K) * K)
     gl.store(p_e + (o_v * K + o_k), b_S)
 
 
 @gluon.jit(do_not_specialize=["T", "G"], do_not_specialize_on_alignment=["cu_seqlens"])
 def transfer_kernel_sm90(
-    k, v, blocks, factors, gates, ends, cu_seqlens, T, G,
+    k, v, blocks, factors, ends, cu_seqlens, T, G,
     H: gl.constexpr, Hg: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr,
     VARLEN: gl.constexpr,
 ):  # fmt: skip
@@ -108,8 +106,8 @@ def transfer_kernel_sm90(
     s_k = gl.allocate_shared_memory(dtype, [STAGES, 64, K], k.layout)
     s_v = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], v.layout)
     s_A = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], blocks.layout)
-    s_f = gl.allocate_shared_memory(gl.float32, [STAGES, 256], factors.layout)
-    full, free = stage_barriers(STAGES, 1)
+    s_f = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 64], factors.layout)
+    full, free = stage_barriers(STAGES, 1), stage_barriers(STAGES, 1)
     fence_async_shared()
     barrier()
     row = bos + i_t0 * 64
@@ -118,7 +116,7 @@ def transfer_kernel_sm90(
     c_v = i_h * V + i_v % (V // 64) * 64
     gl.warp_specialize([
         (run_segment, (
-            gates, ends, s_k, s_v, s_A, s_f, full, free, tile, NT, i_ns, i_h, i_v, H, K, V, STAGES,
+            ends, s_k, s_v, s_A, s_f, full, free, NT, i_ns, i_h, i_v, H, K, V, STAGES,
         )),
         (load_segment, (
             k, v, blocks, factors, s_k, s_v, s_A, s_f, full, free, row, tile, NT, c_k, c_v, H,

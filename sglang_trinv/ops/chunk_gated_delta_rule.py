@@ -215,17 +215,17 @@ def prepare(q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, 
         k.get_device(), k.dtype, beta.dtype, varlen and cu_seqlens.dtype, H, Hg, K, s_q, s_k, norm,
         (q.data_ptr() | k.data_ptr() | g.data_ptr() | beta.data_ptr()) % 16 == 0,
     )  # fmt: skip
+    group = kkt_solve_config(H // Hg, slots, Hg).group
+    launch(
+        inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
+        (k, g, beta, space.blocks, space.factors, cu_seqlens, T, N, s_k,
+         H, Hg, K, group, K, 64, DOT, io, varlen, norm),
+        num_warps=1, num_stages=1,
+    )  # fmt: skip
     group = H // Hg
     launch(
         scores_kernel, key, (slots, Hg, 1),
-        (q, k, g, beta, space.blocks, space.factors, cu_seqlens, scale, T, N, s_q, s_k,
+        (q, k, space.blocks, space.factors, cu_seqlens, scale, T, N, s_q, s_k,
          H, Hg, K, group, 64, io, varlen, norm),
         num_warps=4, num_stages=1,
-    )  # fmt: skip
-    group = kkt_solve_config(group, slots, Hg).group
-    launch(
-        inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
-        (k, space.blocks, space.factors, cu_seqlens, T, N, s_k,
-         H, Hg, K, group, K, 64, DOT, io, varlen),
-        num_warps=1, num_stages=1,
     )  # fmt: skip

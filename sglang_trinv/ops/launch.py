@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from triton import knobs
+from triton.runtime import driver
+
+NO_HOOKS = (None, None, None)  # metadata for them, before and after a launch
 _compiled: dict[Hashable, Any] = {}
 
 
@@ -20,7 +24,11 @@ def launch(
     """
     compiled = _compiled.get((kernel.__name__, key))
     if compiled is not None:
-        compiled[grid](*args)
+        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+            compiled[grid](*args)  # a profiler listens
+            return
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, *NO_HOOKS, *args)
         return
     compiled = kernel[grid](*args, **options)
     if compiled is not None:  # the interpreter returns nothing

@@ -14,7 +14,7 @@ from sglang_trinv.ops.launch import launch
 from sglang_trinv.ops.prefill_state import call_key, pass_flags, slot_stride
 
 TILE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-FLAT = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+FLAT = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 class Tiles(TensorDescriptor):
@@ -22,7 +22,7 @@ class Tiles(TensorDescriptor):
 
     def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], tile: list[int]):
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, tile
-        self.layout = TILE if len(tile) == 2 else FLAT
+        self.layout = TILE if tile[0] == 64 else FLAT
 
 
 def rows(x: torch.Tensor, width: int) -> Tiles:
@@ -31,13 +31,12 @@ def rows(x: torch.Tensor, width: int) -> Tiles:
     return Tiles(x, [B * T, H * D], [x.stride(1), 1], [64, width])
 
 
-def workspace(space: Any) -> tuple[Tiles, Tiles, torch.Tensor]:
-    """blocks as tiles of [64, 64]; factors as tiles of [256], and as a pointer."""
+def workspace(space: Any) -> tuple[Tiles, Tiles]:
+    """blocks as tiles of [64, 64]; factors, of which a chunk has six rows, as tiles of [8, 64]."""
     n = space.factors.shape[0] * space.factors.shape[1]
     return (
         Tiles(space.blocks, [n * 128, 64], [64, 1], [64, 64]),
-        Tiles(space.factors, [n * 384], [1], [256]),
-        space.factors,
+        Tiles(space.factors, [n * 6, 64], [64, 1], [8, 64]),
     )
 
 
@@ -46,15 +45,14 @@ def run_state_sm90(q, k, v, space, o, h, starts, pool, cu_seqlens, T, N, config)
     H, V, K = v.shape[2], v.shape[3], k.shape[3]
     G, halves, flags = config.segments, config.block_v // 64, pass_flags(h, starts, pool)
     key = (
-        *call_key(q, k, v, pool, cu_seqlens), flags, halves, config.stages, config.late_stages,
-        config.maxnreg,
+        *call_key(q, k, v, pool, cu_seqlens), flags, halves, config.stages, config.maxnreg,
     )  # fmt: skip
     launch(
         state_kernel_sm90, key, (V // config.block_v, H, N * G),
-        (rows(q, K), rows(k, K), rows(v, 64), *workspace(space)[:2], rows(o, 64), space.factors, o,
+        (rows(q, 64), rows(k, K), rows(v, 64), *workspace(space), rows(o, 64), o,
          h, pool.state, pool.indices, starts, pool.track, pool.track_chunks, cu_seqlens, T, G,
-         slot_stride(pool), H, k.shape[2], K, V, halves, config.stages, config.late_stages,
-         cu_seqlens is not None, *flags),
+         slot_stride(pool), H, k.shape[2], K, V, halves, config.stages, cu_seqlens is not None,
+         *flags),
         num_warps=4, maxnreg=config.maxnreg,
     )  # fmt: skip
 

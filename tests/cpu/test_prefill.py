@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,21 +196,32 @@ def test_a_bad_argument_is_named(name: str) -> None:
 def test_a_kernel_is_specialised_once_and_then_launched_as_it_is(monkeypatch) -> None:
     seen = []
 
-    class Launcher:
-        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-            return lambda *args, **options: seen.append((grid, args, options)) or compiled
+    class Kernel:
+        function, packed_metadata = "function", "packed"
 
-    kernel, compiled = Launcher(), Launcher()
+        def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+            return lambda *args, **options: seen.append((grid, args, options)) or self
+
+        def run(self, *arguments: Any) -> None:
+            seen.append(arguments)
+
+    kernel = Kernel()
     kernel.__name__ = "kernel"
     monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch.driver, "_active", SimpleNamespace(
+        get_current_device=lambda: 7, get_current_stream=lambda device: f"stream of {device}"
+    ))  # fmt: skip
     launch.launch(kernel, "a", (1, 2, 3), (4, 5), num_warps=1)
     launch.launch(kernel, "a", (6, 1, 1), (7, 8), num_warps=1)
     launch.launch(kernel, "b", (1, 1, 1), (9, 9), num_warps=2)
     assert seen == [
         ((1, 2, 3), (4, 5), {"num_warps": 1}),
-        ((6, 1, 1), (7, 8), {}),
+        (6, 1, 1, "stream of 7", "function", "packed", None, None, None, 7, 8),
         ((1, 1, 1), (9, 9), {"num_warps": 2}),
     ]
+    monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", [print])
+    launch.launch(kernel, "a", (2, 1, 1), (3, 4))
+    assert seen[-1] == ((2, 1, 1), (3, 4), {})
 
 
 def test_configurations_follow_the_parallelism() -> None:
@@ -217,7 +229,7 @@ def test_configurations_follow_the_parallelism() -> None:
     assert prefill_config((8, 0), 64, 128, 2.0, False) == PrefillConfig()
     assert prefill_config(hopper, 128, 128, 2.0, True) == configs.ALONE
     assert prefill_config(hopper, 1024, 32, 2.0, True) == configs.WIDE
-    assert prefill_config(hopper, 4096, 2, 2.0, True) == configs.SHORT
+    assert prefill_config(hopper, 4096, 2, 2.0, True) == configs.WIDE
     assert prefill_config(hopper, 8, 128, 2.0, False) == configs.ALONE
     assert prefill_config(hopper, 8, 512, 2.0, True).segments > 1
     assert prefill_segments(8, 1, 2.0) == 1

@@ -27,7 +27,6 @@ CONFIGS = {
     "triton, 2 segments": PrefillConfig(segments=2),
     "alone": configs.ALONE,
     "wide": configs.WIDE,
-    "short": configs.SHORT,
     "alone, 4 segments": replace(configs.ALONE, segments=4),
 }
 RAGGED = [1, 700, 64, 63, 300, 128]

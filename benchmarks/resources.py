@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory and compile time of every kernel on every architecture.
+"""Registers, spills, shared memory and compile time of every portable kernel, everywhere.
 
 No GPU is needed: Triton compiles ahead of time. Registers and spills come from NVIDIA's own
 ``cuobjdump``, which Triton's package carries.
@@ -21,14 +21,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sglang_trinv.kernels import fwd_intra, kda_intra, solve_tril
+from sglang_trinv.kernels import (
+    fwd_intra,
+    kda_intra,
+    prefill_prepare,
+    prefill_segments,
+    prefill_state,
+    solve_tril,
+)
 from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, SOLVE_TRIL_MAXNREG
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
-HALF = ("q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk")
-FLOAT = ("A", "g", "gk", "beta")
+HALF = ("q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk", "blocks", "o", "h")
+FLOAT = ("A", "g", "gk", "beta", "factors", "state", "starts", "ends", "track")
 SCALAR = ("scale", "unit")
-INDEX = ("cu_seqlens", "chunk_indices")
+INDEX = ("cu_seqlens", "chunk_indices", "state_indices", "track_chunks")
 SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128, "BK": 128, "BDK": 64, "BDV": 64}
 FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
 
@@ -55,6 +62,33 @@ def _tril(n: int, method: str) -> tuple[str, str, dict, dict]:
     return "solve_tril", "solve_tril_kernel", constants, {"maxnreg": SOLVE_TRIL_MAXNREG}
 
 
+HEADS = {"H": 32, "Hg": 16, "K": 128, "V": 128}
+PREFILL = {"IO": tl.bfloat16, "VARLEN": True}
+
+
+def _prepare(function: str, **more: Any) -> tuple[str, str, dict, dict]:
+    shape = {"H": 32, "Hg": 16, "K": 128, "GROUP": 2, "BN": 64, "NORM": True}
+    warps = 1 if function == "inverse_kernel" else 4
+    return "prefill_prepare", function, {**shape, **PREFILL, **more}, {"num_warps": warps}
+
+
+def _state() -> tuple[str, str, dict, dict]:
+    flags = ("HAS_STATE", "HAS_INDICES", "HAS_STARTS", "WRITE_STATE", "STORE_H", "TRACK")
+    constants = {
+        **HEADS,
+        **PREFILL,
+        "BV": 64,
+        "BN": 64,
+        "STAGES": 2,
+        **{n: n != "HAS_STARTS" for n in flags},
+    }
+    return "prefill_state", "state_kernel", constants, {"num_warps": 4, "num_stages": 2}
+
+
+def _segments(function: str, warps: int, **constants: Any) -> tuple[str, str, dict, dict]:
+    return "prefill_segments", function, constants, {"num_warps": warps, "num_stages": 2}
+
+
 KERNELS = {
     "kkt_solve fp16": _step("A", "fp16", 2),
     "kkt_solve bf16x3": _step("A", "bf16x3", 2),
@@ -67,8 +101,21 @@ KERNELS = {
     "solve_tril 64 bf16x3": _tril(64, "bf16x3"),
     "solve_tril 32 fp16": _tril(32, "fp16"),
     "solve_tril 16 fp16": _tril(16, "fp16"),
-}
-MODULES = {"fwd_intra": fwd_intra, "kda_intra": kda_intra, "solve_tril": solve_tril}
+    "prefill inverse fp16": _prepare("inverse_kernel", BK=128, DOT="fp16"),
+    "prefill scores": _prepare("scores_kernel"),
+    "prefill state": _state(),
+    "prefill transfer": _segments("transfer_kernel", 4, **HEADS, **PREFILL, BV=64, STAGES=2),
+    "prefill combine": _segments(
+        "combine_kernel", 8, H=32, K=128, V=128, BV=16, DOT="tf32x3", VARLEN=True, HAS_STATE=True,
+        HAS_INDICES=True,
+    ),
+}  # fmt: skip
+MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        fwd_intra, kda_intra, prefill_prepare, prefill_segments, prefill_state, solve_tril
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,6 +140,8 @@ def compile_kernel(name: str, arch: int | str) -> Resources:
     kernel = getattr(MODULES[module], function)
     source = _compilable(kernel)
     cuda = isinstance(arch, int)
+    if not cuda and constants.get("DOT") == "tf32x3":  # as the op: AMD's compiler does not know it
+        constants = {**constants, "DOT": "ieee"}
     target = GPUTarget("cuda", arch, 32) if cuda else GPUTarget("hip", arch, 64)
     signature = {n: _type(n, constants) for n in source.arg_names}
     aligned = {

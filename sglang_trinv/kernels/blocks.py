@@ -112,18 +112,3 @@ def add_identity(b_E):
     """X = E + I."""
     o_i = tl.arange(0, 16)
     return b_E + tl.where(o_i[:, None] == o_i[None, :], 1.0, 0.0)
-
-
-@triton.jit
-def tie_breaking(o_t, DOT: tl.constexpr):
-    """Row factors that move by less than half of the last of 11 bits, up and down in turns.
-
-    What stands next to the diagonal keeps the 11 bits to which N was rounded. On near-equal keys
-    these entries are one number; rounded to the 8 bits of bfloat16, ties to even, they would all
-    err to one side (cosine 0.998, beta 1: 2.3 times the state error of SGLang's chain).
-    """
-    b_t = (o_t & 1).to(tl.float32) - 0.5
-    if DOT == "fp16" or DOT == "tf32":
-        return (1.0 + b_t * 0.000244140625)[:, None]
-    else:
-        return (1.0 + b_t * 0.0)[:, None]

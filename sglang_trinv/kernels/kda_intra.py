@@ -13,8 +13,10 @@ clamped and no exponent is positive, however steep the gates (docs/numerics.md#k
 import triton
 import triton.language as tl
 
-from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64, tie_breaking
+from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
 from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, store_block_row
+
+KB_SCALE = tl.constexpr(16384.0)  # <= float16's largest / 2: what decays stays normal for longer
 
 
 @triton.jit
@@ -65,6 +67,12 @@ def load_gate_row(p_g, s, t, o_k, T):
 
 
 @triton.jit
+def first_gate(p_g, s, o_k, T):
+    """g_0: the gate of the chunk's first token, made whole so that its factor rounds nothing."""
+    return tl.ceil(load_gate_row(p_g, s, 0, o_k, T))
+
+
+@triton.jit
 def diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT: tl.constexpr):
     """Add q k^T on and below, k k^T below the diagonal of a [16, 16] block.
 
@@ -84,12 +92,12 @@ def diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT: t
 
 
 @triton.jit
-def store_keys(b_k, b_g, b_gl, b_b, p_kb, p_kg, s, o_t, o_k, T, unit):
-    """kb = beta exp2(g) k and kg = exp2(g_last - g) k."""
+def store_keys(b_k, b_g, b_g0, b_gl, b_b, p_kb, p_kg, s, o_t, o_k, T, unit):
+    """kb = KB_SCALE beta exp2(g - g_0) k and kg = exp2(g_last - g) k."""
     b_k = b_k.to(tl.float32)
     o = o_t[:, None] * s + o_k[None, :]
     m_t = (o_t < T)[:, None]
-    b_kb = b_k * (tl.exp2(tl.abs(b_g) * unit) * b_b[:, None])
+    b_kb = b_k * (decay(b_g, b_g0, unit) * (b_b * KB_SCALE)[:, None])
     tl.store(p_kb + o, b_kb.to(p_kb.dtype.element_ty), mask=m_t)
     tl.store(p_kg + o, (b_k * decay(b_g, b_gl, unit)).to(p_kg.dtype.element_ty), mask=m_t)
 
@@ -105,9 +113,9 @@ def row_block(
     """
     b_q, b_k = load_rows(q, s, o_t, o_k, T).to(IO), load_rows(k, s, o_t, o_k, T).to(IO)
     b_g = load_gates(p_g, s, o_t, o_k, T)
-    b_gl = load_gate_row(p_g, s, 63, o_k, T)
+    b_g0, b_gl = first_gate(p_g, s, o_k, T), load_gate_row(p_g, s, 63, o_k, T)
     b_b = load_gate(p_b, H, o_t, T, True)
-    store_keys(b_k, b_g, b_gl, b_b, p_kb, p_kg, s, o_t, o_k, T, unit)
+    store_keys(b_k, b_g, b_g0, b_gl, b_b, p_kb, p_kg, s, o_t, o_k, T, unit)
     b_q, b_k = operand(b_q, DOT), operand(b_k, DOT)
     b_Q, b_G = diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT)
     return b_Q, b_G, b_q, b_k, b_g
@@ -125,12 +133,19 @@ def left_block(
 
 @triton.jit
 def apply_inverse(
-    p_x, p_y, s, o_t, T, b_s0, b_s1, b_s2, b_s3,
+    p_x, p_y, p_g, s, o_t, T, unit, b_s0, b_s1, b_s2, b_s3,
     X00, X10, X11, X20, X21, X22, X30, X31, X32, X33,
-    D: tl.constexpr, BD: tl.constexpr, SCALE: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = X diag(s) x for [64, D] tiles, X lower triangular by blocks; y may be x."""
+    """y = X diag(s) x (ROWS), or X x diag(exp2(g_0)) / KB_SCALE, for [64, D] tiles; y may be x.
+
+    X is lower triangular by blocks. It is rounded to x's dtype, as x is once its rows are scaled.
+    """
     e = p_y.dtype.element_ty
+    f = p_x.dtype.element_ty
+    X00, X10, X11 = X00.to(f).to(IO), X10.to(f).to(IO), X11.to(f).to(IO)
+    X20, X21, X22 = X20.to(f).to(IO), X21.to(f).to(IO), X22.to(f).to(IO)
+    X30, X31, X32, X33 = X30.to(f).to(IO), X31.to(f).to(IO), X32.to(f).to(IO), X33.to(f).to(IO)
     for i_d in tl.range(0, D, BD, num_stages=STAGES):
         o_d = i_d + tl.arange(0, BD)
         p = p_y + o_t[:, None] * s + o_d[None, :]
@@ -138,19 +153,22 @@ def apply_inverse(
         b_x1 = load_rows(p_x, s, o_t + 16, o_d, T)
         b_x2 = load_rows(p_x, s, o_t + 32, o_d, T)
         b_x3 = load_rows(p_x, s, o_t + 48, o_d, T)
-        if SCALE:
-            b_x0 = (b_x0.to(tl.float32) * b_s0[:, None]).to(e)
-            b_x1 = (b_x1.to(tl.float32) * b_s1[:, None]).to(e)
-            b_x2 = (b_x2.to(tl.float32) * b_s2[:, None]).to(e)
-            b_x3 = (b_x3.to(tl.float32) * b_s3[:, None]).to(e)
+        b_c = 1.0
+        if ROWS:
+            b_x0 = (b_x0.to(tl.float32) * b_s0[:, None]).to(f)
+            b_x1 = (b_x1.to(tl.float32) * b_s1[:, None]).to(f)
+            b_x2 = (b_x2.to(tl.float32) * b_s2[:, None]).to(f)
+            b_x3 = (b_x3.to(tl.float32) * b_s3[:, None]).to(f)
+        else:
+            b_c = tl.exp2(tl.abs(first_gate(p_g, s, o_d, T)) * unit) / KB_SCALE
         b_x0, b_x1, b_x2, b_x3 = b_x0.to(IO), b_x1.to(IO), b_x2.to(IO), b_x3.to(IO)
-        b_y = tl.dot(X00, b_x0)
+        b_y = tl.dot(X00, b_x0) * b_c
         tl.store(p, b_y.to(e), mask=(o_t < T)[:, None])
-        b_y = tl.dot(X11, b_x1, tl.dot(X10, b_x0))
+        b_y = tl.dot(X11, b_x1, tl.dot(X10, b_x0)) * b_c
         tl.store(p + 16 * s, b_y.to(e), mask=(o_t + 16 < T)[:, None])
-        b_y = tl.dot(X22, b_x2, tl.dot(X21, b_x1, tl.dot(X20, b_x0)))
+        b_y = tl.dot(X22, b_x2, tl.dot(X21, b_x1, tl.dot(X20, b_x0))) * b_c
         tl.store(p + 32 * s, b_y.to(e), mask=(o_t + 32 < T)[:, None])
-        b_y = tl.dot(X33, b_x3, tl.dot(X32, b_x2, tl.dot(X31, b_x1, tl.dot(X30, b_x0))))
+        b_y = tl.dot(X33, b_x3, tl.dot(X32, b_x2, tl.dot(X31, b_x1, tl.dot(X30, b_x0)))) * b_c
         tl.store(p + 48 * s, b_y.to(e), mask=(o_t + 48 < T)[:, None])
 
 
@@ -180,7 +198,9 @@ def kda_intra_kernel(
     the decay of each channel within the sums. One program, one warp: 64 tokens of one head.
     Layouts: q, k, w, kg, gk [B, T, H, K], v and u [B, T, H, V], beta [B, T, H], Aqk and Akk
     [B, T, H, 64]. gk is float32, summed within the chunk; unit is -1, see decay.
-    w holds beta exp2(g) k until the inverse is ready.
+    w holds kb ~ beta exp2(g - g_0) k until the inverse is ready: in float16 where the method
+    multiplies in it, for w is a difference of rows that are almost the same when keys are. g_0 is
+    first_gate, with which kb stays within float16's range for longer.
     IO is the dtype in which loaded tiles are multiplied (float32 under the interpreter only).
     """
     row, T = locate_chunk(cu_seqlens, chunk_indices, T, 64, VARLEN)
@@ -191,6 +211,9 @@ def kda_intra_kernel(
     s = H * K
     q, k, gk, w, kg = q + head * K, k + head * K, gk + head * K, w + head * K, kg + head * K
     p_Q, p_b = Aqk + head * 64, beta + head
+    HALF: tl.constexpr = DOT == "fp16" or DOT == "fp16x2"
+    kb = w.to(tl.pointer_type(tl.float16 if HALF else w.dtype.element_ty), bitcast=True)
+    KB: tl.constexpr = tl.float16 if HALF and IO != tl.float32 else IO
     o_t = tl.arange(0, 16)
     b_0 = tl.zeros([16, 16], tl.float32)
     N1: tl.constexpr = 4 if ZERO_UPPER else 1
@@ -203,7 +226,7 @@ def kda_intra_kernel(
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
         Q0, G00, _, _, _ = row_block(
-            q, k, gk, p_b, w, kg, s, H, o_t, o_k, T, unit, Q0, G00, DOT, IO
+            q, k, gk, p_b, kb, kg, s, H, o_t, o_k, T, unit, Q0, G00, DOT, IO
         )  # fmt: skip
     Q0 = on_and_below_diagonal(Q0, scale)
     store_block_row(p_Q, H * 64, o_t, T, N1, Q0, b_0, b_0, b_0)
@@ -212,7 +235,7 @@ def kda_intra_kernel(
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
         Q1, G11, b_q, b_k, b_g = row_block(
-            q, k, gk, p_b, w, kg, s, H, o_1, o_k, T, unit, Q1, G11, DOT, IO
+            q, k, gk, p_b, kb, kg, s, H, o_1, o_k, T, unit, Q1, G11, DOT, IO
         )
         b_r = load_gate_row(gk, s, 16, o_k, T)
         b_q, b_k = cut(b_q, b_k, b_g, b_r, unit, DOT)
@@ -224,7 +247,7 @@ def kda_intra_kernel(
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
         Q2, G22, b_q, b_k, b_g = row_block(
-            q, k, gk, p_b, w, kg, s, H, o_2, o_k, T, unit, Q2, G22, DOT, IO
+            q, k, gk, p_b, kb, kg, s, H, o_2, o_k, T, unit, Q2, G22, DOT, IO
         )
         b_r = load_gate_row(gk, s, 32, o_k, T)
         b_q, b_k = cut(b_q, b_k, b_g, b_r, unit, DOT)
@@ -237,7 +260,7 @@ def kda_intra_kernel(
     for i_k in tl.range(0, K, BK, num_stages=1):
         o_k = i_k + tl.arange(0, BK)
         Q3, G33, b_q, b_k, b_g = row_block(
-            q, k, gk, p_b, w, kg, s, H, o_3, o_k, T, unit, Q3, G33, DOT, IO
+            q, k, gk, p_b, kb, kg, s, H, o_3, o_k, T, unit, Q3, G33, DOT, IO
         )
         b_r = load_gate_row(gk, s, 48, o_k, T)
         b_q, b_k = cut(b_q, b_k, b_g, b_r, unit, DOT)
@@ -263,26 +286,19 @@ def kda_intra_kernel(
         E00, E11, E22, E33,
         G10 * b_n1, G20 * b_n2, G21 * b_n2, G30 * b_n3, G31 * b_n3, G32 * b_n3, DOT,
     )  # fmt: skip
-    b_t = tie_breaking(o_t, DOT)
-    X00, X11 = add_identity(E00) * b_t, add_identity(E11) * b_t
-    X22, X33 = add_identity(E22) * b_t, add_identity(E33) * b_t
-    X10, X21, X32 = X10 * b_t, X21 * b_t, X32 * b_t
+    X00, X11, X22, X33 = add_identity(E00), add_identity(E11), add_identity(E22), add_identity(E33)
     if STORE_A:
         p_A = Akk + head * 64
         store_block_row(p_A, H * 64, o_t, T, 4, X00, b_0, b_0, b_0)
         store_block_row(p_A, H * 64, o_1, T, 4, X10, X11, b_0, b_0)
         store_block_row(p_A, H * 64, o_2, T, 4, X20, X21, X22, b_0)
         store_block_row(p_A, H * 64, o_3, T, 4, X30, X31, X32, X33)
-    e = v.dtype.element_ty
-    X00, X10, X11 = X00.to(e).to(IO), X10.to(e).to(IO), X11.to(e).to(IO)
-    X20, X21, X22 = X20.to(e).to(IO), X21.to(e).to(IO), X22.to(e).to(IO)
-    X30, X31, X32, X33 = X30.to(e).to(IO), X31.to(e).to(IO), X32.to(e).to(IO), X33.to(e).to(IO)
     apply_inverse(
-        v + head * V, u + head * V, H * V, o_t, T, b_b0, b_b1, b_b2, b_b3,
+        v + head * V, u + head * V, gk, H * V, o_t, T, unit, b_b0, b_b1, b_b2, b_b3,
         X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, V, BDV, True, IO, STAGES,
     )  # fmt: skip
     tl.debug_barrier()  # other lanes than those that stored kb in w read it
     apply_inverse(
-        w, w, s, o_t, T, b_b0, b_b1, b_b2, b_b3,
-        X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, False, IO, STAGES,
+        kb, w, gk, s, o_t, T, unit, b_b0, b_b1, b_b2, b_b3,
+        X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, False, KB, STAGES,
     )  # fmt: skip

@@ -27,9 +27,10 @@ def test_compiles(arch: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 11
+    assert len(rows) == 16
     spilled = {r["kernel"]: r["stack_bytes"] for r in rows if r["arch"] in ("sm_80", "sm_90")}
-    assert not any(n for name, n in spilled.items() if name.startswith("kda") and "fp16" in name)
+    # A little: with 16 columns at once none, and on the H200 a quarter slower (configs.KDA_INTRA).
+    assert all(n <= 144 for name, n in spilled.items() if name.startswith("kda") and "fp16" in name)
     for row in rows:
         assert row["binary_bytes"] > 0
         assert row["registers"] is None or row["registers"] <= 255

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import prefill_report, timing
 from benchmarks.provenance import provenance
 from sglang_trinv.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from sglang_trinv.reference.recurrence import naive_gated_delta_rule
@@ -136,13 +136,18 @@ def main(out: Path, sglang: str | None, release: str | None, with_flashinfer: bo
     }
     means = {n: round(math.exp(sum(map(math.log, r)) / len(r)), 3) for n, r in ratios.items()}
     print("geometric mean of the speed-up over", means)
+    origin = {**provenance(sglang, release), "rounds": rounds}
+    if with_flashinfer:
+        origin["versions"]["flashinfer"] = importlib.import_module("flashinfer").__version__
     found = {
-        "provenance": {**provenance(sglang, release), "rounds": rounds},
+        "provenance": origin,
         "errors": errors, "rows": rows, "geometric_mean_speedup": means,
         "copy_bytes_per_s": round(timing.copy_bandwidth()),
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(found, indent=1) + "\n")
+    if set(prefill_report.PEERS) <= set(layers):
+        prefill_report.plot(found, out.with_suffix(".png"))
     stock = {keys: e.get("sglang triton") for keys, e in errors.items()}
     return int(
         any(s and errors[k]["ours"][i] > 1.1 * s[i] for k, s in stock.items() for i in (0, 1))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import serve_report
+from benchmarks import prefill_report, serve_report
 from benchmarks.cases import Case
 
 Row = dict[str, Any]
@@ -119,6 +119,11 @@ def performance(results: Path) -> str:
         found = json.loads(path.read_text())
         parts += [f"## Intra-chunk ops: {found['provenance']['gpu']}", "", _origin(path, found)]
         parts += ["", NOTE, "", table(found), "", f"![Roofline](../{_shown(path)}.png)", ""]
+    for path in sorted(results.glob("prefill-*.json")):
+        found = json.loads(path.read_text())
+        parts += [f"## Whole prefill: {found['provenance']['gpu']}", "", _origin(path, found), ""]
+        parts += [prefill_report.NOTE, "", prefill_report.table(found), ""]
+        parts += [prefill_report.summary(found), "", f"![Prefill](../{_shown(path)}.png)", ""]
     for path in sorted(results.glob("serve-*.json")):
         found = json.loads(path.read_text())
         parts += [f"## Servers: {found['provenance']['gpu']}", "", serve_report.NOTE, ""]
@@ -140,10 +145,11 @@ def _shown(path: Path) -> str:
 def _origin(path: Path, found: dict[str, Any]) -> str:
     origin = found["provenance"]
     versions = ", ".join(f"{n} {v}" for n, v in origin["versions"].items() if v)
+    bandwidth = origin.get("copy_bytes_per_s") or found["copy_bytes_per_s"]
     return (
         f"From `{_shown(path)}.json`: {origin['when']}, commit {origin['commit']}, driver "
         f"{origin['driver']}, {versions}; {origin['rounds']} rounds; a copy moves "
-        f"{origin['copy_bytes_per_s'] / 1e12:.2f} TB/s."
+        f"{bandwidth / 1e12:.2f} TB/s."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_trinv import prefill, status, targets, targets_full, warmup
+from sglang_trinv import dispatch, prefill, selfcheck, status, targets, targets_full, warmup
 from sglang_trinv.config import Config
 from sglang_trinv.errors import TrinvError
 from sglang_trinv.install import Installer, Refused, platform_refusal
@@ -31,12 +31,14 @@ class FullInstaller(Installer):
 
         target = targets.find(sglang.__version__)
         stocks = targets.prefill_backend_of(target, self.backend)
-        if targets.gdn_config_of(target, runner) is None or not self._wanted(config, stocks):
+        if targets.gdn_config_of(target, runner) is None:
             return
-        refusal = self._refusal(runner, stocks, config)
+        shape, _ = warmup.shape_of(runner, targets.gdn_config_of(target, runner))
+        if config.gdn == "auto" and not _measured_faster(stocks, shape):
+            return
+        refusal = self._refusal(runner, stocks, shape)
         if refusal:
             raise Refused(f"whole prefill: {refusal}")
-        shape, _ = warmup.shape_of(runner, targets.gdn_config_of(target, runner))
         linear = self.backend.linear_attn_backend
         dispatcher = linear.kernel_dispatcher
         made = prefill.kernel_class(targets_full.triton_gdn_kernel())(
@@ -45,21 +47,20 @@ class FullInstaller(Installer):
         if shape not in self.warm:
             start = time.perf_counter()
             warm_up(shape, runner.req_to_token_pool.mamba_pool.mamba_cache.temporal, config.method)
+            self.checked = selfcheck.run(
+                prefill.OP, shape, config.method, targets_full.stocks_chain(), config.fault
+            )
             self.warm.add(shape)
             self.warmup_s += time.perf_counter() - start
         dispatcher.extend_kernel = made
         self.state = "installed"
         self._tell(dispatcher, made, stocks, shape)
 
-    def _wanted(self, config: Config, stocks: str) -> bool:
-        """With auto, only where the table of measurements has a row for this GPU."""
-        return config.gdn == "full" or any(win.instead_of == stocks for win in prefill.WINS)
-
-    def _refusal(self, runner: Any, stocks: str, config: Config) -> str:
+    def _refusal(self, runner: Any, stocks: str, shape: warmup.Shape) -> str:
         refusal = platform_refusal(str(runner.device))
         if refusal or stocks == "triton":
             return refusal
-        if stocks == "flashinfer" and any(win.instead_of == stocks for win in prefill.WINS):
+        if stocks == "flashinfer" and _measured_faster(stocks, shape):
             return ""
         return (
             f"SGLang's GDN prefill backend is {stocks}, which is displaced only where ours was "
@@ -81,7 +82,7 @@ class FullInstaller(Installer):
         seconds = process.fields["warmup_s"] + self.warmup_s
         process.update(
             state="installed", reason="", on_hot_path=True, prefill_backend=stocks,
-            warmup_s=round(seconds, 3),
+            warmup_s=round(seconds, 3), self_check_full=self.checked,
         )  # fmt: skip
         self.say(
             logging.INFO, f"whole GDN prefill replaced ({shape}); in place of SGLang's {stocks}"
@@ -97,6 +98,14 @@ class FullInstaller(Installer):
                 "SGLANG_TRINV_STRICT=1"
             )
         self.say(logging.WARNING, f"not installed: {reason}")
+
+
+def _measured_faster(stocks: str, shape: warmup.Shape) -> bool:
+    """Whether the table has a row for this GPU and these heads, for calls of some length."""
+    if torch.device(shape.device).type != "cuda":
+        return False
+    capability = dispatch.capability_of(torch.cuda.current_device())
+    return prefill.wins(capability, stocks, (shape.Hg, shape.H))
 
 
 def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:

@@ -87,10 +87,11 @@ def _checks(processes: _Processes) -> Iterator[Metric]:
         labels=("process",),
     )
     for name, status in processes:
-        check, first = status["check"], status.get("self_check") or {}
+        check = status["check"]
+        runs = [status.get(name) for name in ("self_check", "self_check_full")]
         for result in ("disagreements", "non_finite", "skipped"):
             checks.add_metric((name, result), check[result])
         checks.add_metric((name, "agreements"), check["done"] - check["disagreements"])
-        if first:
-            start.add_metric((name,), first["worst_ratio"])
+        if any(runs):
+            start.add_metric((name,), max(run["worst_ratio"] for run in runs if run))
     yield from (checks, start)

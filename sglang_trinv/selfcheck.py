@@ -20,6 +20,7 @@ from sglang_trinv import check, inject, ops
 from sglang_trinv.check import Comparison
 from sglang_trinv.errors import TrinvError
 from sglang_trinv.reference.chunk import chunk_local_cumsum, naive_chunk_A
+from sglang_trinv.reference.recurrence import naive_gated_delta_rule
 from sglang_trinv.warmup import Shape
 
 CHUNK_SIZE = 64
@@ -55,7 +56,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What one kind of input gave: a comparison for each of w and u, or Ai."""
+    """What one kind of input gave: a comparison for each result."""
 
     kind: str
     comparisons: tuple[Comparison, ...]
@@ -158,6 +159,46 @@ def _kda_intra(shape: Shape, method: str, stock: Callable[..., Any], fault: str)
     return results
 
 
+def _prefill(shape: Shape, method: str, stock: Callable[..., Any], fault: str) -> list[Result]:
+    """Output and final states of the whole prefill; keys and queries of every length."""
+    k, v, _, beta, starts, *_ = fwd_intra_call(shape)
+    generator = torch.Generator().manual_seed(1)
+    g = torch.cat([_sequence(kind, shape, generator)[2] for kind in KINDS], 1).to(shape.device)
+    lengths = 0.5 + torch.rand(k.shape[:3], generator=generator).to(k)[..., None]
+    q, k = torch.randn(k.shape, generator=generator).to(k), k * lengths
+    N, state = len(KINDS), (shape.H, shape.V, shape.K)
+    before = torch.randn(N, *state, generator=generator).to(shape.device)
+    truth = naive_gated_delta_rule(q, k, v, g, beta, None, before, starts, use_qk_l2norm=True)
+    found = []
+    for call in (ops.chunk_gated_delta_rule, stock):
+        pool = before.clone()
+        options = {"return_h": False, "method": method} if call is not stock else {}
+        o, *_ = call(
+            q=q, k=k, v=v, g=g, beta=beta, initial_state=pool, cu_seqlens=starts,
+            initial_state_indices=torch.arange(N, device=pool.device, dtype=torch.int32),
+            use_qk_l2norm_in_kernel=True, **options,
+        )  # fmt: skip
+        found.append((o, pool))
+    inject.at_self_check(fault, found[0][0])
+    results = []
+    for n, (kind, (begin, end)) in enumerate(_spans(starts)):
+        cut = [(o[:, begin:end], s[n]) for o, s in (*found, truth)]
+        results.append(Result(kind.name, tuple(map(_compared, ("o", "state"), *cut))))
+    return results
+
+
+def _compared(name: str, ours: Any, stock: Any, truth: Any) -> Comparison:
+    def error(x: torch.Tensor) -> float:
+        size = torch.linalg.vector_norm(truth).item()
+        return torch.linalg.vector_norm(x.double() - truth).item() / max(size, 1e-300)
+
+    # A state is kept in float32, but what is added to it was rounded to 16 bits.
+    dtype = torch.bfloat16 if ours.dtype == torch.float32 else ours.dtype
+    return Comparison(
+        name, error(stock), error(ours), error(stock), error(truth.to(dtype))
+    )  # fmt: skip
+
+
 def _spans(starts: torch.Tensor) -> list[tuple[Kind, tuple[int, int]]]:
     ends = starts.tolist()
     return list(zip(KINDS, zip(ends, ends[1:], strict=False), strict=True))
@@ -167,6 +208,7 @@ RUN: dict[str, Callable[[Shape, str, Callable[..., Any], str], list[Result]]] = 
     "fwd_intra": _fwd_intra,
     "solve_tril": _solve_tril,
     "kda_intra": _kda_intra,
+    "chunk_gated_delta_rule": _prefill,
 }
 
 

@@ -62,6 +62,7 @@ class ProcessStatus:
             "on_hot_path": False,
             "warmup_s": 0.0,
             "self_check": None,  # of selfcheck.run, once it ran
+            "self_check_full": None,  # the same of the whole prefill
             "rank": 0,  # of the torch.distributed world, its size, and what rank 0 heard
             "world": 1,
             "ranks": [],

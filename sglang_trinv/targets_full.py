@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from sglang_trinv.errors import TargetMissing
@@ -21,13 +22,17 @@ def deterministic(target: Target, runner: Any) -> bool:
 
 
 def triton_gdn_kernel() -> type:
-    """SGLang's class of the kernels "triton".
+    """SGLang's class of the kernels "triton". Raises TargetMissing: this release has none."""
+    return _of_gdn_triton("TritonGDNKernel")
 
-    Raises:
-        TargetMissing: this release has none.
-    """
+
+def stocks_chain() -> Callable[..., Any]:
+    """The chain of kernels that this class calls. Raises TargetMissing: it calls another one."""
+    return _of_gdn_triton("chunk_gated_delta_rule")
+
+
+def _of_gdn_triton(name: str) -> Any:
     try:
-        module = importlib.import_module(GDN_TRITON)
-        return module.TritonGDNKernel
+        return getattr(importlib.import_module(GDN_TRITON), name)
     except (ImportError, AttributeError) as error:
-        raise TargetMissing(f"{GDN_TRITON}.TritonGDNKernel: {error}") from error
+        raise TargetMissing(f"{GDN_TRITON}.{name}: {error}") from error

@@ -15,6 +15,8 @@ from sglang_trinv.reference.chunk import naive_fwd_intra, naive_kkt_solve, naive
 from sglang_trinv.reference.kda import naive_kda_intra
 from sglang_trinv.selfcheck import KINDS, SelfCheckFailed
 from sglang_trinv.warmup import Shape
+from tests.inputs import Inputs
+from tests.prefill_checks import Call, stock_chain_emulated
 
 # float16: without the CPU platform the interpreter truncates to bfloat16 where a GPU rounds
 SHAPE = Shape(1, 1, 64, 64, torch.float16, "cpu")
@@ -95,6 +97,20 @@ def test_solve_tril() -> None:
     assert found["worst_ratio"] <= 1
     with pytest.raises(SelfCheckFailed, match="error of Ai"):
         selfcheck.run("solve_tril", SHAPE, "auto", theirs, fault="wrong_at_start")
+
+
+def test_prefill() -> None:
+    def theirs(q, k, v, g, beta, initial_state, cu_seqlens, initial_state_indices, **_):
+        x = Inputs(q, k, v, g, beta, cu_seqlens)
+        o, states = stock_chain_emulated(Call(x, initial_state, initial_state_indices))
+        initial_state.copy_(states)
+        return o, None, None
+
+    found = selfcheck.run("chunk_gated_delta_rule", SHAPE, "auto", theirs)
+    assert found["worst_ratio"] <= 1
+    assert set(found["cases"][0]["ours"]) == {"o", "state"}
+    with pytest.raises(SelfCheckFailed, match="error of o"):
+        selfcheck.run("chunk_gated_delta_rule", SHAPE, "auto", theirs, fault="wrong_at_start")
 
 
 def test_kda() -> None:

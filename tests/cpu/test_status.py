@@ -66,7 +66,7 @@ def test_file_has_every_field(tmp_path: Path) -> None:
     assert list(content) == [
         "schema", "pid", "started", "role", "title", "version", "release", "method", "state",
         "reason", "layers", "device", "sm", "prefill_backend", "on_hot_path", "warmup_s",
-        "self_check", "rank", "world", "ranks", "mismatch", "hooks",
+        "self_check", "self_check_full", "rank", "world", "ranks", "mismatch", "hooks",
         "calls", "fallbacks", "check", "updated",
     ]  # fmt: skip
     assert content["state"] == "installed"

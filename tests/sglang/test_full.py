@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import torch
 from sglang_trinv import install_full, ops, prefill, status, targets, targets_full
 from sglang_trinv.config import Config
 from sglang_trinv.errors import UnsupportedCall
+from sglang_trinv.selfcheck import SelfCheckFailed
 from tests.sglang.stage import GDN, LINEAR, Anything, Stage, extract
 from tests.sglang.test_installer import _hf_config
 
@@ -44,6 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(ops, "chunk_gated_delta_rule", op)
     monkeypatch.setattr(install_full, "_installer", install_full.FullInstaller())
+    monkeypatch.setattr(install_full.selfcheck, "run", lambda *_: {"worst_ratio": 0.5})
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return seen
 
@@ -68,7 +71,8 @@ def stage(
         }  # fmt: skip
         extract(sources, GDN_TRITON, ("TritonGDNKernel: extend",), scope)
         kernel = scope["TritonGDNKernel"]
-        made._fill(targets_full.GDN_TRITON, TritonGDNKernel=kernel)
+        chain = scope["chunk_gated_delta_rule"]
+        made._fill(targets_full.GDN_TRITON, TritonGDNKernel=kernel, chunk_gated_delta_rule=chain)
         sys.modules[f"{LINEAR}.gdn_backend"].GDNKernelDispatcher.__init__.__globals__[
             "TritonGDNKernel"
         ] = kernel
@@ -156,16 +160,57 @@ def test_a_refused_call_goes_to_sglangs_chain(
         extend(strict)
 
 
-def test_auto_waits_for_measurements(stage: Callable[..., Stage], monkeypatch: Any) -> None:
-    backend = installed(stage, Config())
-    assert prefill.WINS == ()
+def test_auto_takes_over_only_what_was_measured(
+    stage: Callable[..., Stage], monkeypatch: Any, calls: list[Any], process: status.ProcessStatus
+) -> None:
+    backend = installed(stage, Config())  # a CPU is not in the table
     assert extend(backend)[0] == "stock"
+    kernel = backend.linear_attn_backend.kernel_dispatcher.extend_kernel
+    assert type(kernel).__name__ == "TritonGDNKernel"
+
     win = prefill.Win((9, 0), "triton", ((16, 32),), 1024, "a.json")
     monkeypatch.setattr(prefill, "WINS", (win,))
     assert prefill.wins((9, 0), "triton", (16, 32), 1024)
     assert not prefill.wins((9, 0), "triton", (16, 32), 1023)
     assert not prefill.wins((9, 0), "flashinfer", (16, 32))
     assert not prefill.wins((10, 0), "triton", (16, 32))
+    hopper = SimpleNamespace(Hg=16, H=32, device="cuda:0")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(install_full.dispatch, "capability_of", lambda _: (9, 0))
+    assert install_full._measured_faster("triton", hopper)
+    assert not install_full._measured_faster("flashinfer", hopper)
+    assert not install_full._measured_faster("triton", SimpleNamespace(**vars(hopper) | {"H": 64}))
+
+
+def test_the_table_says_what_was_measured() -> None:
+    """Each row of the table: ours was the faster one wherever its evidence has such a call."""
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    for win in prefill.WINS:
+        rows = json.loads((results / win.evidence).read_text())["rows"]
+        name = {"triton": "sglang triton", "flashinfer": "flashinfer"}[win.instead_of]
+        for heads in win.heads:
+            seen = [r for r in rows if (r["hk"], r["hv"]) == heads]
+            assert min(sum(r["lengths"]) for r in seen) <= win.least_tokens
+            for kind in ("device", "wall"):
+                assert all(r[kind]["ours"]["p80_us"] < r[kind][name]["p20_us"] for r in seen)
+
+
+def test_a_kernel_that_is_too_far_from_the_truth_is_not_installed(
+    stage: Callable[..., Stage], monkeypatch: Any, calls: list[Any], process: status.ProcessStatus
+) -> None:
+    def fail(*_: Any) -> None:
+        raise SelfCheckFailed("self-check: error of o is 1, allowed is 0.01")
+
+    monkeypatch.setattr(install_full.selfcheck, "run", fail)
+    backend = installed(stage)
+    kernel = backend.linear_attn_backend.kernel_dispatcher.extend_kernel
+    assert type(kernel).__name__ == "TritonGDNKernel"
+    (reason,) = process.fallbacks
+    assert "self-check: error of o" in reason
+    made = stage(linear_attn_prefill_backend="triton")
+    backend, strict = made.build(), Config(gdn="full", strict=True)
+    with pytest.raises(SystemExit, match="self-check: error of o"):
+        install_full.FullInstaller().install_for(made.runner, backend, strict)
 
 
 @pytest.mark.parametrize("chosen", ["flashinfer", "cutedsl"])

@@ -109,7 +109,7 @@ def _measured_faster(stocks: str, shape: warmup.Shape) -> bool:
 
 
 def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
-    """Compile every form that a server's calls may take, with one short sequence; o is finite.
+    """Compile every form that a server's calls may take; each o must be finite.
 
     Raises:
         TrinvError: a result is not finite. Whatever the op raises is passed on.
@@ -124,16 +124,20 @@ def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
     hopper = k.is_cuda and torch.cuda.get_device_capability(k.device) == (9, 0)
     if hopper and shape.K == shape.V == 128:
         forms = [configs.ALONE, configs.WIDE, replace(configs.ALONE, segments=2)]
-    for config in forms:
-        for track in (None, torch.zeros_like(state, dtype=torch.float32)):
-            o, _, _ = ops.chunk_gated_delta_rule(
-                k, k, v, g, beta, initial_state=state, initial_state_indices=slot,
-                cu_seqlens=starts, use_qk_l2norm_in_kernel=True, method=method,
-                return_h=track is None, track_state=track,
-                track_chunk_idx=None if track is None else chunk, config=config,
-            )  # fmt: skip
-            if not o.isfinite().all():
-                raise TrinvError(f"warm-up of the whole prefill with {shape} is not finite")
+    calls = [(config, tracks, 1) for config in forms for tracks in (False, True)]
+    if k.is_cuda:  # so many programs that the inverse is cut in its other way
+        calls.append((forms[0], True, 64 * configs.FEW_PROGRAMS // shape.Hg // k.shape[1] + 1))
+    for config, tracks, times in calls:
+        track = torch.zeros_like(state, dtype=torch.float32) if tracks else None
+        tensors = [x.repeat(1, times, *[1] * (x.dim() - 2)) for x in (k, k, v, g, beta)]
+        o, _, _ = ops.chunk_gated_delta_rule(
+            *tensors, initial_state=state.zero_(), initial_state_indices=slot,
+            cu_seqlens=starts * times, use_qk_l2norm_in_kernel=True, method=method,
+            return_h=not tracks, track_state=track, track_chunk_idx=chunk if tracks else None,
+            config=config,
+        )  # fmt: skip
+        if not o.isfinite().all():
+            raise TrinvError(f"warm-up of the whole prefill with {shape} is not finite")
 
 
 _installer = FullInstaller()

@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a kernel is cut: the blocks of one chunk stay in the registers of a warp, or of two."""
+    """How a kernel is cut. One warp a program: the blocks of one chunk stay in its registers."""
 
     group: int  # value heads a program
     block_k: int = 128  # columns of k read at once for K K^T
     block_d: int = 64  # columns of k and v read at once for w and u
     stages: int = 1  # of the loop over these columns
     maxnreg: int | None = None
-    warps: int = 1
 
 
 # H200, us, T = 8192: 128 columns of k at once 35.9, 64 columns 38.5 (Hg/H 16/32); all value heads
@@ -37,15 +36,10 @@ FWD_INTRA = LaunchConfig(group=1, stages=2)
 # H200, us, T = 8192, 32 heads: 160 registers 52.6, unbounded 56.2, 128 57.5.
 SOLVE_TRIL_MAXNREG = 160
 # H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;
-# 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), and
-# 64 and 64 with two warps 78.5.
+# 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), where
+# 64 and 64 with two warps take 78.5. One cut for all: another one sums in another order, and a
+# sequence has the same bits whatever else is in the batch.
 KDA_INTRA = LaunchConfig(group=1, block_k=32, block_d=64)
-KDA_INTRA_FEW = LaunchConfig(group=1, block_k=64, block_d=64, warps=2)
-KDA_FEW_PROGRAMS = 768
-
-
-def kda_intra_config(programs: int) -> LaunchConfig:
-    return KDA_INTRA_FEW if programs < KDA_FEW_PROGRAMS else KDA_INTRA
 
 
 @dataclass(frozen=True)
@@ -61,9 +55,9 @@ class PrefillConfig:
 
 
 SMS = 132  # of H100 and H200
-# H200, us, state pass. Up to one program of 64 rows an SM: 8192 at 16/32 140 (128 rows 220), at
-# 16/64 149 (223). Beyond, 128 rows, which share q, k, P and Ai: 16 x 2048 at 16/32 300 (two stages
-# 334, 64 rows 334), 8 x 1024 at 16/64 164 (181, 192), 64 x 128 at 16/32 203 (205, 236).
+# H200, us, state pass. Up to one program of 64 rows an SM: 8192 at 16/32 136 (128 rows 212), at
+# 16/64 154 (216). Beyond, 128 rows, which share q, k, P and Ai: 16 x 2048 at 16/32 300 (64 rows
+# 345, two stages 334), and before the last change 8 x 1024 at 16/64 164 (192, 181).
 ALONE = PrefillConfig(state="sm90", stages=3)
 WIDE = PrefillConfig(state="sm90", block_v=128, stages=3, maxnreg=168)
 

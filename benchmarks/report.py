@@ -156,7 +156,7 @@ def _origin(path: Path, found: dict[str, Any]) -> str:
 def resources(found: dict[str, Any]) -> str:
     """Markdown table of `python -m benchmarks resources`."""
     lines = [
-        f"Triton {found['triton']}, ahead of time; one warp a program. Spilled: bytes of stack a "
+        f"Triton {found['triton']}, ahead of time. Spilled: bytes of stack a "
         "thread. AMD's numbers are not in its compiler's metadata.",
         "",
         "| kernel | architecture | registers | spilled, bytes | shared, bytes | compile, s |",

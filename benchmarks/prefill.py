@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,12 +129,8 @@ def main(out: Path, sglang: str | None, release: str | None, with_flashinfer: bo
     for keys, found in errors.items():
         print(f"{keys:16}", found, flush=True)
     rows = [measure(*case, layers, rounds) for case in CASES]
-    ratios = {
-        name: [row["wall"][name]["median_us"] / row["wall"]["ours"]["median_us"] for row in rows]
-        for name in layers
-        if name != "ours"
-    }
-    means = {n: round(math.exp(sum(map(math.log, r)) / len(r)), 3) for n, r in ratios.items()}
+    ratios = {n: [prefill_report.ratio(row, "wall", n) for row in rows] for n in layers}
+    means = {n: round(statistics.geometric_mean(r), 3) for n, r in ratios.items() if n != "ours"}
     print("geometric mean of the speed-up over", means)
     origin = {**provenance(sglang, release), "rounds": rounds}
     if with_flashinfer:
@@ -179,9 +175,11 @@ def measure(
         "peak_bytes": {n: timing.peak_bytes(partial(f, x)) for n, f in layers.items()},
         "least_bytes": 4 * sum(lengths) * (hk + hv) * D,
     }  # fmt: skip
-    title = f"{len(lengths)} x {lengths[0]}" if len(set(lengths)) == 1 else str(list(lengths))
     shown = {n: (row["device"][n]["median_us"], row["wall"][n]["median_us"]) for n in layers}
-    print(f"{title:16} {hk}/{hv} (device, wall) us: {shown}, goal {goal}", flush=True)
+    print(
+        f"{prefill_report.title(row):16} {hk}/{hv} (device, wall) us: {shown}, goal {goal}",
+        flush=True,
+    )
     return row
 
 

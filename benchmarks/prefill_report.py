@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ Memory: most held at once beyond the inputs. Floor: q, k, v, o once at the bandw
 
 
 def title(row: Row) -> str:
-    lengths = row["lengths"]
+    lengths = [*row["lengths"]]
     same = len(set(lengths)) == 1
-    return f"{len(lengths)} x {lengths[0]}" if same else str(list(lengths))
+    return f"{len(lengths)} x {lengths[0]}" if same else str(lengths)
 
 
 def served(row: Row, capability: tuple[int, int] = (9, 0)) -> str:
@@ -69,7 +69,7 @@ def summary(found: Row) -> str:
         said = []
         for kind in KINDS:
             ratios = [ratio(row, kind, peer) for row in found["rows"]]
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            mean = statistics.geometric_mean(ratios)
             how = {"device": "on the device", "wall": "by the clock of the host"}[kind]
             said.append(f"{mean:.2f} times {how} (least {min(ratios):.2f})")
         parts.append(f"Faster than {name}, in the geometric mean, {' and '.join(said)}.")

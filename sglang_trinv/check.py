@@ -64,6 +64,27 @@ class _Distance:
         return math.sqrt(self.difference / self.size)
 
 
+class Distances:
+    """The four distances of one result, each summed over its parts."""
+
+    def __init__(self) -> None:
+        self.to_stock, self.ours, self.stock, self.rounding = (_Distance() for _ in range(4))
+
+    def add(
+        self, ours: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """``dtype`` is what the truth may be rounded to. Default: that of ``ours``."""
+        self.to_stock.add(ours, stock)
+        self.ours.add(ours, truth)
+        self.stock.add(stock, truth)
+        self.rounding.add(truth.to(dtype or ours.dtype), truth)
+
+    def comparison(self, name: str) -> Comparison:
+        parts = self.to_stock, self.ours, self.stock, self.rounding
+        return Comparison(name, *(part.value() for part in parts))
+
+
 def first_calls(
     op: str, call: tuple[Any, ...], result: Any, stock: Callable[..., Any], wanted: int
 ) -> None:
@@ -99,7 +120,7 @@ def compare(
     k, v, g, beta, cu_seqlens, chunk_size, _ = call
     rows = slice(0, k.shape[1] if cu_seqlens is None else int(cu_seqlens[-1]))
     ratio = v.shape[2] // k.shape[2]
-    totals = {(name, kind): _Distance() for name in "wu" for kind in ("to_stock", *_KINDS)}
+    totals = {name: Distances() for name in "wu"}
     for i_hg in range(k.shape[2]):
         heads = slice(i_hg * ratio, (i_hg + 1) * ratio)
         truth = naive_fwd_intra(
@@ -111,16 +132,8 @@ def compare(
             chunk_size,
         )
         for i, name in enumerate("wu"):
-            b_ours, b_stock = ours[i][:, rows, heads], stock[i][:, rows, heads]
-            totals[name, "to_stock"].add(b_ours, b_stock)
-            totals[name, "ours"].add(b_ours, truth[i])
-            totals[name, "stock"].add(b_stock, truth[i])
-            totals[name, "rounding"].add(truth[i].to(b_ours.dtype), truth[i])
-    w, u = (
-        Comparison(name, *(totals[name, kind].value() for kind in ("to_stock", *_KINDS)))
-        for name in "wu"
-    )
-    return w, u
+            totals[name].add(ours[i][:, rows, heads], stock[i][:, rows, heads], truth[i])
+    return totals["w"].comparison("w"), totals["u"].comparison("u")
 
 
 @torch.no_grad()
@@ -130,16 +143,12 @@ def compare_solve_tril(
     """Distances of the inverses ``ours`` and ``stock`` to the float64 one of ``call``."""
     A, cu_seqlens, _ = call
     rows = slice(0, A.shape[1] if cu_seqlens is None else int(cu_seqlens[-1]))
-    totals = {kind: _Distance() for kind in ("to_stock", *_KINDS)}
+    total = Distances()
     for i_h in range(A.shape[2]):
         head = slice(i_h, i_h + 1)
         truth = naive_solve_tril(A[:, rows, head], cu_seqlens)
-        b_ours, b_stock = ours[:, rows, head], stock[:, rows, head]
-        totals["to_stock"].add(b_ours, b_stock)
-        totals["ours"].add(b_ours, truth)
-        totals["stock"].add(b_stock, truth)
-        totals["rounding"].add(truth.to(b_ours.dtype), truth)
-    return (Comparison("Ai", *(totals[kind].value() for kind in ("to_stock", *_KINDS))),)
+        total.add(ours[:, rows, head], stock[:, rows, head], truth)
+    return (total.comparison("Ai"),)
 
 
 @torch.no_grad()
@@ -149,25 +158,18 @@ def compare_kda_intra(
     """Distances of w, u and kg of ``ours`` and ``stock`` to the float64 result of ``call``."""
     q, k, v, gk, beta, scale, cu_seqlens, chunk_size, *_ = call
     rows = slice(0, k.shape[1] if cu_seqlens is None else int(cu_seqlens[-1]))
-    totals = {(name, kind): _Distance() for name in KDA for kind in ("to_stock", *_KINDS)}
+    totals = {name: Distances() for name in KDA}
     for i_h in range(k.shape[2]):
         head = slice(i_h, i_h + 1)
         parts = (x[:, rows, head] for x in (q, k, v, gk, beta))
         truth = naive_kda_intra(*parts, scale, cu_seqlens, chunk_size)
         for name, i in KDA.items():
-            t, b_ours, b_stock = truth[i - (i > 2)], ours[i][:, rows, head], stock[i][:, rows, head]
-            totals[name, "to_stock"].add(b_ours, b_stock)
-            totals[name, "ours"].add(b_ours, t)
-            totals[name, "stock"].add(b_stock, t)
-            totals[name, "rounding"].add(t.to(b_ours.dtype), t)
-    return tuple(
-        Comparison(name, *(totals[name, kind].value() for kind in ("to_stock", *_KINDS)))
-        for name in KDA
-    )
+            truth_i = truth[i - (i > 2)]
+            totals[name].add(ours[i][:, rows, head], stock[i][:, rows, head], truth_i)
+    return tuple(total.comparison(name) for name, total in totals.items())
 
 
 KDA = {"w": 0, "u": 1, "kg": 3}  # place in what chunk_kda_fwd_intra returns
-_KINDS = ("ours", "stock", "rounding")
 COMPARE: dict[str, Callable[..., tuple[Comparison, ...]]] = {
     "fwd_intra": compare,
     "solve_tril": compare_solve_tril,

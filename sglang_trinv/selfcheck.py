@@ -188,15 +188,11 @@ def _prefill(shape: Shape, method: str, stock: Callable[..., Any], fault: str) -
 
 
 def _compared(name: str, ours: Any, stock: Any, truth: Any) -> Comparison:
-    def error(x: torch.Tensor) -> float:
-        size = torch.linalg.vector_norm(truth).item()
-        return torch.linalg.vector_norm(x.double() - truth).item() / max(size, 1e-300)
-
     # A state is kept in float32, but what is added to it was rounded to 16 bits.
     dtype = torch.bfloat16 if ours.dtype == torch.float32 else ours.dtype
-    return Comparison(
-        name, error(stock), error(ours), error(stock), error(truth.to(dtype))
-    )  # fmt: skip
+    total = check.Distances()
+    total.add(ours, stock, truth, dtype)
+    return total.comparison(name)
 
 
 def _spans(starts: torch.Tensor) -> list[tuple[Kind, tuple[int, int]]]:

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sglang_trinv.kernels.prefill_state_sm90 import (
+from sglang_trinv.kernels.prefill_tiles_sm90 import (
     barrier,
     chunk_factors,
     factor,

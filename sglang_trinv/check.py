@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from sglang_trinv import status
 from sglang_trinv.reference.chunk import naive_fwd_intra, naive_solve_tril
 from sglang_trinv.reference.kda import naive_kda_intra
+from sglang_trinv.reference.recurrence import naive_gated_delta_rule
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +26,14 @@ SLACK = 1.2  # times the larger of stock's error and the rounding of the truth t
 
 @dataclass(frozen=True)
 class Comparison:
-    """Relative Frobenius distances of one result (``w``, ``u`` or ``Ai``) of one call."""
+    """Relative Frobenius distances of one result (``w``, ``u``, ``o``, ...) of one call."""
 
     name: str
     to_stock: float
     ours: float
     stock: float
     rounding: float
+    floor: float = 0.0  # what is allowed however small the others are
 
     @property
     def finite(self) -> bool:
@@ -40,7 +42,9 @@ class Comparison:
     @property
     def tolerance(self) -> float:
         """A stock result that is not finite sets no limit: then ours only has to be finite."""
-        return SLACK * (max(self.stock, self.rounding) if math.isfinite(self.stock) else math.inf)
+        if not math.isfinite(self.stock):
+            return math.inf
+        return max(SLACK * max(self.stock, self.rounding), self.floor)
 
     @property
     def agrees(self) -> bool:
@@ -90,7 +94,7 @@ def first_calls(
 ) -> None:
     """Check this call of ``op`` if fewer than ``wanted`` were checked; never fails the call."""
     process = status.current()
-    if process.check["done"] >= wanted:
+    if not due(wanted):
         return
     if call[0].is_cuda and torch.cuda.is_current_stream_capturing():
         process.record_check(_skip)
@@ -104,9 +108,15 @@ def first_calls(
     process.record_check(lambda totals: record(totals, comparisons))
     for bad in (c for c in comparisons if not c.agrees):
         logger.warning(
-            "sglang_trinv: check: error of %s is %.3g, more than %.3g (SGLang's own kernel: %.3g)",
-            bad.name, bad.ours, bad.tolerance, bad.stock,
+            "sglang_trinv: check: error of %s is %.3g, more than %.3g (SGLang's own kernel: %.3g) "
+            "in %s of %s",
+            bad.name, bad.ours, bad.tolerance, bad.stock, op, list(call[0].shape),
         )  # fmt: skip
+
+
+def due(wanted: int) -> bool:
+    """Whether this process has checked fewer than ``wanted`` calls."""
+    return status.current().check["done"] < wanted
 
 
 @torch.no_grad()
@@ -169,11 +179,42 @@ def compare_kda_intra(
     return tuple(total.comparison(name) for name, total in totals.items())
 
 
+@torch.no_grad()
+def compare_prefill(
+    call: tuple[Any, ...], ours: tuple[Any, ...], stock: tuple[Any, ...]
+) -> tuple[Comparison, ...]:
+    """Distances of o and the final states of ``ours`` and ``stock`` to the token recurrence.
+
+    Args:
+        call: (q, k, v, g, beta, states before, cu_seqlens, which sequences have a state).
+        ours, stock: (o, states after), without the states where they were not to be written.
+    """
+    *tensors, before, starts, kept = call
+    truth = naive_gated_delta_rule(*tensors, None, before, starts, use_qk_l2norm=True)
+    tokens = kept.repeat_interleave(starts.diff().long())
+    parts = [[o[:, : tokens.numel()][:, tokens], *(s[kept] for s in states)]
+             for o, *states in (ours, stock, truth)]  # fmt: skip
+    return tuple(compared(*x) for x in zip(("o", "state"), *parts, strict=False))
+
+
+def compared(name: str, ours: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor) -> Comparison:
+    """Distances of an output or of states, float32 or not, that come of 16-bit operands.
+
+    Two roundings in a row are always allowed: of one token with one large value they are all of the
+    error, and may be at their worst in ours and nothing in stock's.
+    """
+    dtype = torch.bfloat16 if ours.dtype == torch.float32 else ours.dtype
+    total = Distances()
+    total.add(ours, stock, truth, dtype)
+    return replace(total.comparison(name), floor=torch.finfo(dtype).eps)
+
+
 KDA = {"w": 0, "u": 1, "kg": 3}  # place in what chunk_kda_fwd_intra returns
 COMPARE: dict[str, Callable[..., tuple[Comparison, ...]]] = {
     "fwd_intra": compare,
     "solve_tril": compare_solve_tril,
     "kda_intra": compare_kda_intra,
+    "chunk_gated_delta_rule": compare_prefill,
 }
 
 

@@ -6,9 +6,10 @@ call that stock answers has a reason that is counted, logged once and, in strict
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from sglang_trinv.errors import UnsupportedCall
 from sglang_trinv.reference import faults
 
 logger = logging.getLogger(__name__)
+
+_only_stock = False  # a scheduler runs its model in one thread
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def fwd_intra(
     Raises:
         UnsupportedCall: in strict mode, in place of a call that stock would answer.
     """
+    if _only_stock:
+        return stock(*call)
     k = call[0]
     choice = _choose(call)
     if choice.impl == "stock":
@@ -166,6 +171,8 @@ def answer(
     config: Config,
 ) -> Any:
     """``run()``, counted and checked; stock's answer, counted as well, where it cannot."""
+    if _only_stock:
+        return stock(*call)
     try:
         inject.before_call(config.fault)
         result = run()
@@ -180,6 +187,17 @@ def answer(
     if config.check:
         check.first_calls(op, call, result, stock, config.check)
     return result
+
+
+@contextlib.contextmanager
+def only_stock() -> Iterator[None]:
+    """SGLang's own kernels in every place, uncounted: what ours is held against."""
+    global _only_stock
+    before, _only_stock = _only_stock, True
+    try:
+        yield
+    finally:
+        _only_stock = before
 
 
 def _choose(call: tuple[Any, ...]) -> Choice:

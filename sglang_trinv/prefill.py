@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sglang_trinv import dispatch, inject, ops
+from sglang_trinv import check, dispatch, inject, ops
 from sglang_trinv.config import Config
 
 OP = "chunk_gated_delta_rule"
@@ -60,8 +60,8 @@ def kernel_class(stock: type) -> type:
 
         def __init__(self, backend: Any, config: Config, instead_of: str, invariant: bool) -> None:
             super().__init__()
-            self.backend = backend
-            # SGLANG_TRINV_CHECK compares the intra-chunk step: a whole call changes its own inputs.
+            self.backend, self.check = backend, config.check
+            # What is checked is the whole call, whose states are gone once it is answered.
             self.config = config.model_copy(update={"check": 0})
             self.instead_of, self.invariant = instead_of, invariant
 
@@ -74,11 +74,15 @@ def kernel_class(stock: type) -> type:
             }
 
             def stocks() -> Any:
-                result = stock.extend(self, *tensors, **pool, **kwargs)
+                result = self.chain(tensors, pool, **kwargs)
                 _snapshot(result[2], query_start_loc, kwargs)
                 return result
 
             return extend(self, tensors, pool, kwargs, stocks)
+
+        def chain(self, tensors, pool, **kwargs):
+            """SGLang's own answer."""
+            return stock.extend(self, *tensors, **pool, **kwargs)
 
     return TrinvGDNKernel
 
@@ -96,6 +100,7 @@ def extend(kernel: Any, tensors: tuple[Any, ...], pool: dict[str, Any], kwargs: 
 
     def run() -> Any:
         dispatch.refuse(v.device, config)
+        before = _states(pool) if check.due(kernel.check) else None
         o, _, h = ops.chunk_gated_delta_rule(
             *tensors,
             initial_state=pool["ssm_states"],
@@ -110,6 +115,8 @@ def extend(kernel: Any, tensors: tuple[Any, ...], pool: dict[str, Any], kwargs: 
             batch_invariant=kernel.invariant,
         )
         inject.after_call(config.fault, o)
+        if before is not None:
+            _check(kernel, tensors, pool, before, o, kwargs.get("inplace_update", True))
         return o, None, h
 
     if v.is_cuda and config.gdn == "auto":
@@ -117,6 +124,29 @@ def extend(kernel: Any, tensors: tuple[Any, ...], pool: dict[str, Any], kwargs: 
         if not wins(dispatch.capability_of(v.device.index), kernel.instead_of, heads, v.shape[1]):
             return stocks()
     return dispatch.answer(OP, run, v.device, (), stocks, config)
+
+
+def _states(pool: dict[str, Any]) -> torch.Tensor:
+    """The states of a batch, before or after it, as a pool of their own."""
+    return pool["ssm_states"][pool["cache_indices"].clamp(min=0).long()]
+
+
+def _check(
+    kernel: Any, tensors: Any, pool: Any, before: torch.Tensor, o: torch.Tensor, in_place: bool
+) -> None:
+    """SGLANG_TRINV_CHECK of one call; SGLang's chain starts from the same states."""
+    kept, starts = pool["cache_indices"] >= 0, pool["query_start_loc"]
+
+    def theirs(*_: Any) -> tuple[torch.Tensor, ...]:
+        slots = torch.arange(len(kept), dtype=torch.int32, device=kept.device).where(kept, -1)
+        own = {"ssm_states": before.clone(), "cache_indices": slots, "query_start_loc": starts}
+        with dispatch.only_stock():
+            result = kernel.chain(tensors, own)
+        return result[0], own["ssm_states"]
+
+    ours = (o, _states(pool)) if in_place else (o,)
+    call = (*tensors, before, starts, kept)
+    check.first_calls(OP, call, ours, theirs, kernel.check)
 
 
 def _tracks(backend: Any) -> bool:

@@ -183,16 +183,8 @@ def _prefill(shape: Shape, method: str, stock: Callable[..., Any], fault: str) -
     results = []
     for n, (kind, (begin, end)) in enumerate(_spans(starts)):
         cut = [(o[:, begin:end], s[n]) for o, s in (*found, truth)]
-        results.append(Result(kind.name, tuple(map(_compared, ("o", "state"), *cut))))
+        results.append(Result(kind.name, tuple(map(check.compared, ("o", "state"), *cut))))
     return results
-
-
-def _compared(name: str, ours: Any, stock: Any, truth: Any) -> Comparison:
-    # A state is kept in float32, but what is added to it was rounded to 16 bits.
-    dtype = torch.bfloat16 if ours.dtype == torch.float32 else ours.dtype
-    total = check.Distances()
-    total.add(ours, stock, truth, dtype)
-    return total.comparison(name)
 
 
 def _spans(starts: torch.Tensor) -> list[tuple[Kind, tuple[int, int]]]:

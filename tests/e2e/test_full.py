@@ -9,7 +9,7 @@ import pytest
 from sglang_trinv.serve.health import IMPLEMENTATION
 from sglang_trinv.serve.launch import Server
 from tests.e2e.client import Client, flat, prompt, rms
-from tests.e2e.conftest import CHUNK, PROMPTS, MakeServer, started
+from tests.e2e.conftest import CHECKED, CHUNK, PROMPTS, MakeServer, started
 
 LAYERS = 3
 OP = "chunk_gated_delta_rule"
@@ -17,7 +17,8 @@ OP = "chunk_gated_delta_rule"
 
 @pytest.fixture(scope="module")
 def full(make_server: MakeServer) -> Server:
-    return started(make_server("full", SGLANG_TRINV_GDN="full", SGLANG_TRINV_STRICT="1"))
+    strict = {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_CHECK": str(CHECKED)}
+    return started(make_server("full", SGLANG_TRINV_GDN="full", **strict))
 
 
 def calls(client: Client) -> int:
@@ -37,7 +38,18 @@ def test_it_is_installed_and_answers_every_prefill(full: Server) -> None:
     client.generate(prompt(CHUNK + 1, seed=1))
     assert calls(client) - before == 2 * LAYERS
     (status,) = client.schedulers()
-    assert status["calls"]["fwd_intra"] == intra  # only the self-check ran SGLang's chain
+    assert status["calls"]["fwd_intra"] == intra  # no check of SGLang's chain is counted
+
+
+def test_the_first_calls_agree_with_sglangs_chain(full: Server) -> None:
+    client = Client(full)
+    client.generate(prompt(70, seed=3))
+    (status,) = client.schedulers()
+    checked = status["check"]
+    assert checked["done"] >= LAYERS
+    assert (checked["disagreements"], checked["skipped"]) == (0, 0)
+    assert 0 < checked["worst_error"]["ours"]["o"] < 0.05
+    assert 0 < checked["worst"]["state"] < 0.05
 
 
 def test_prompt_logprobs(full: Server, truth, of_stock, tolerance) -> None:

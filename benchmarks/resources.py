@@ -29,7 +29,7 @@ from sglang_trinv.kernels import (
     prefill_state,
     solve_tril,
 )
-from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, SOLVE_TRIL_MAXNREG
+from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, PrefillConfig
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
 HALF = ("q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk", "blocks", "o", "h")
@@ -59,7 +59,7 @@ def _kda(fuse: bool, method: str) -> tuple[str, str, dict, dict]:
 
 def _tril(n: int, method: str) -> tuple[str, str, dict, dict]:
     constants = {"H": 32, "BT": n, "DOT": method, "VARLEN": True}
-    return "solve_tril", "solve_tril_kernel", constants, {"maxnreg": SOLVE_TRIL_MAXNREG}
+    return "solve_tril", "solve_tril_kernel", constants, {}
 
 
 HEADS = {"H": 32, "Hg": 16, "K": 128, "V": 128}
@@ -74,15 +74,13 @@ def _prepare(function: str, **more: Any) -> tuple[str, str, dict, dict]:
 
 def _state() -> tuple[str, str, dict, dict]:
     flags = ("HAS_STATE", "HAS_INDICES", "HAS_STARTS", "WRITE_STATE", "STORE_H", "TRACK")
+    cut = PrefillConfig()
     constants = {
-        **HEADS,
-        **PREFILL,
-        "BV": 64,
-        "BN": 64,
-        "STAGES": 2,
+        **HEADS, **PREFILL, "BV": cut.block_v, "BN": 64, "STAGES": cut.stages,
         **{n: n != "HAS_STARTS" for n in flags},
-    }
-    return "prefill_state", "state_kernel", constants, {"num_warps": 4, "num_stages": 2}
+    }  # fmt: skip
+    options = {"num_warps": cut.warps, "num_stages": cut.stages}
+    return "prefill_state", "state_kernel", constants, options
 
 
 def _segments(function: str, warps: int, **constants: Any) -> tuple[str, str, dict, dict]:

@@ -14,7 +14,6 @@ class LaunchConfig:
     block_k: int = 128  # columns of k read at once for K K^T
     block_d: int = 64  # columns of k and v read at once for w and u
     stages: int = 1  # of the loop over these columns
-    maxnreg: int | None = None
 
 
 # H200, us, T = 8192: 128 columns of k at once 35.9, 64 columns 38.5 (Hg/H 16/32); all value heads
@@ -33,8 +32,6 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
 # H200, us, T = 8192, Hg/H 16/32: one value head a program 105.0, two 119.7; columns by 64 in two
 # stages 105.0, in one 106.9, by 32 in three 106.8.
 FWD_INTRA = LaunchConfig(group=1, stages=2)
-# H200, us, T = 8192, 32 heads: 160 registers 52.6, unbounded 56.2, 128 57.5.
-SOLVE_TRIL_MAXNREG = 160
 # H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;
 # 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), where
 # 64 and 64 with two warps take 78.5. One cut for all: another one sums in another order, and a
@@ -44,11 +41,15 @@ KDA_INTRA = LaunchConfig(group=1, block_k=32, block_d=64)
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """How the whole prefill is cut."""
+    """How the whole prefill is cut.
+
+    The portable cut is the one with few spills everywhere: bytes of stack a thread on sm_80 / 89 /
+    90 / 100 with 64 rows and 4 warps 1904 / 1208 / 2080 / 1736, with 32 and 8 128 / 48 / 88 / 80.
+    """
 
     state: str = "triton"  # kernels of the state pass: "triton" (any GPU) or "sm90" (Gluon)
-    block_v: int = 64  # rows of the state a program
-    warps: int = 4  # of a program ("triton")
+    block_v: int = 32  # rows of the state a program
+    warps: int = 8  # of a program ("triton")
     stages: int = 2  # chunks in flight
     maxnreg: int | None = None
     segments: int = 1  # a sequence, worked on at once
@@ -58,7 +59,7 @@ SMS = 132  # of H100 and H200
 # H200, us, state pass. Up to one program of 64 rows an SM: 8192 at 16/32 136 (128 rows 212), at
 # 16/64 154 (216). Beyond, 128 rows, which share q, k, P and Ai: 16 x 2048 at 16/32 300 (64 rows
 # 345, two stages 334), and before the last change 8 x 1024 at 16/64 164 (192, 181).
-ALONE = PrefillConfig(state="sm90", stages=3)
+ALONE = PrefillConfig(state="sm90", block_v=64, stages=3)
 WIDE = PrefillConfig(state="sm90", block_v=128, stages=3, maxnreg=168)
 
 

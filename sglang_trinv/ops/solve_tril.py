@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from sglang_trinv.kernels.configs import SOLVE_TRIL_MAXNREG
 from sglang_trinv.kernels.solve_tril import solve_tril_kernel
 from sglang_trinv.ops.check import FLOATS, check_tensor, check_varlen, want
 from sglang_trinv.ops.chunks import chunk_grid
@@ -53,6 +52,6 @@ def solve_tril(
     if NT * H * B > 0:
         solve_tril_kernel[(NT, H, B)](
             A, Ai, cu_seqlens, chunk_indices, T, H=H, BT=BT, DOT=DOT,
-            VARLEN=cu_seqlens is not None, num_warps=1, num_stages=1, maxnreg=SOLVE_TRIL_MAXNREG,
+            VARLEN=cu_seqlens is not None, num_warps=1, num_stages=1,
         )  # fmt: skip
     return Ai

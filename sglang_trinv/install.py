@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,11 +51,15 @@ class Installer:
         Raises:
             SystemExit: in strict mode, if it cannot be installed.
         """
+        return self.attempt(self._install, runner, config)
+
+    def attempt(self, step: Callable[[Any, Config], None], runner: Any, config: Config) -> str:
+        """``step(runner, config)``, unless one before it failed. Result and errors as above."""
         with self.lock:
             if self.state in ("refused", "failed"):
                 return self.state
             try:
-                self._install(runner, config)
+                step(runner, config)
             except (Refused, TargetMissing) as error:
                 self._give_up("refused", str(error), config)
             except Exception as error:

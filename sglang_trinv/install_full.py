@@ -18,6 +18,23 @@ from sglang_trinv.install import Installer, Refused, platform_refusal
 class FullInstaller(Installer):
     """What was done for the whole prefill in this process; the intra-chunk step stays as it is."""
 
+    displaced = ""  # what SGLang would have chosen itself
+
+    def displace(self, runner: Any, config: Config) -> str:
+        """Before SGLang builds its backend: choose Triton's, whose place ours takes, where SGLang
+        would choose FlashInfer and ours is faster in calls of every length. A flag of the user is
+        left alone. Result and errors as ``install_once``."""
+        return self.attempt(self._displace, runner, config)
+
+    def _displace(self, runner: Any, config: Config) -> None:
+        target, shape = _wanted(runner, config)
+        if shape is None or not _measured_faster("flashinfer", shape, tokens=1):
+            return
+        if targets.defaults_to_flashinfer(target, runner):
+            self._prepare(runner, shape, config)
+            targets.force_triton_prefill(target, runner)
+            self.displaced = "flashinfer"
+
     def install_for(self, runner: Any, backend: Any, config: Config) -> str:
         """Take over ``backend``'s prefill where that is wanted; return the state. Errors as
         ``install_once``."""
@@ -25,18 +42,13 @@ class FullInstaller(Installer):
         return self.install_once(runner, config)
 
     def _install(self, runner: Any, config: Config) -> None:
-        if config.gdn not in ("auto", "full") or getattr(runner, "is_draft_worker", False):
+        target, shape = _wanted(runner, config)
+        if shape is None:
             return
-        import sglang
-
-        target = targets.find(sglang.__version__)
-        stocks = targets.prefill_backend_of(target, self.backend)
-        if targets.gdn_config_of(target, runner) is None:
-            return
-        shape, _ = warmup.shape_of(runner, targets.gdn_config_of(target, runner))
+        stocks = self.displaced or targets.prefill_backend_of(target, self.backend)
         if config.gdn == "auto" and not _measured_faster(stocks, shape):
             return
-        refusal = self._refusal(runner, stocks, shape)
+        refusal = self._refusal(runner, stocks)
         if refusal:
             raise Refused(f"whole prefill: {refusal}")
         linear = self.backend.linear_attn_backend
@@ -44,28 +56,32 @@ class FullInstaller(Installer):
         made = prefill.kernel_class(targets_full.triton_gdn_kernel())(
             linear, config, stocks, targets_full.deterministic(target, runner)
         )
-        if shape not in self.warm:
-            start = time.perf_counter()
-            warm_up(shape, runner.req_to_token_pool.mamba_pool.mamba_cache.temporal, config.method)
-            with dispatch.only_stock():  # the chain's intra-chunk step is already ours
-                self.checked = selfcheck.run(
-                    prefill.OP, shape, config.method, targets_full.stocks_chain(), config.fault
-                )
-            self.warm.add(shape)
-            self.warmup_s += time.perf_counter() - start
+        self._prepare(runner, shape, config)
         dispatcher.extend_kernel = made
         self.state = "installed"
         self._tell(dispatcher, made, stocks, shape)
 
-    def _refusal(self, runner: Any, stocks: str, shape: warmup.Shape) -> str:
+    def _prepare(self, runner: Any, shape: warmup.Shape, config: Config) -> None:
+        """Compile and check the kernels, once a shape."""
+        if shape in self.warm:
+            return
+        start = time.perf_counter()
+        warm_up(shape, runner.req_to_token_pool.mamba_pool.mamba_cache.temporal, config.method)
+        with dispatch.only_stock():  # the chain's intra-chunk step is already ours
+            self.checked = selfcheck.run(
+                prefill.OP, shape, config.method, targets_full.stocks_chain(), config.fault
+            )
+        self.warm.add(shape)
+        self.warmup_s += time.perf_counter() - start
+
+    def _refusal(self, runner: Any, stocks: str) -> str:
         refusal = platform_refusal(str(runner.device))
-        if refusal or stocks == "triton":
+        if refusal or stocks == "triton" or stocks == self.displaced:
             return refusal
-        if stocks == "flashinfer" and _measured_faster(stocks, shape):
-            return ""
         return (
-            f"SGLang's GDN prefill backend is {stocks}, which is displaced only where ours was "
-            "measured to be faster; use --linear-attn-prefill-backend triton"
+            f"SGLang's GDN prefill backend is {stocks}, which is displaced only where it is "
+            "SGLang's own choice and ours was measured to be faster; use "
+            "--linear-attn-prefill-backend triton"
             + (" or SGLANG_TRINV_FORCE=1" if stocks == "flashinfer" else "")
         )
 
@@ -82,8 +98,8 @@ class FullInstaller(Installer):
             process.hooks, dispatcher._sglang_trinv = hooks, True
         seconds = process.fields["warmup_s"] + self.warmup_s
         process.update(
-            state="installed", reason="", on_hot_path=True, prefill_backend=stocks,
-            warmup_s=round(seconds, 3), self_check_full=self.checked,
+            state="installed", reason="", on_hot_path=True, warmup_s=round(seconds, 3),
+            self_check_full=self.checked,
         )  # fmt: skip
         self.say(
             logging.INFO, f"whole GDN prefill replaced ({shape}); in place of SGLang's {stocks}"
@@ -101,12 +117,23 @@ class FullInstaller(Installer):
         self.say(logging.WARNING, f"not installed: {reason}")
 
 
-def _measured_faster(stocks: str, shape: warmup.Shape) -> bool:
-    """Whether the table has a row for this GPU and these heads, for calls of some length."""
+def _wanted(runner: Any, config: Config) -> tuple[Any, warmup.Shape | None]:
+    """(row of the release, shape of the layers); None for a runner whose prefill is not ours."""
+    if config.gdn not in ("auto", "full") or getattr(runner, "is_draft_worker", False):
+        return None, None
+    import sglang
+
+    target = targets.find(sglang.__version__)
+    gdn_config = targets.gdn_config_of(target, runner)
+    return target, None if gdn_config is None else warmup.shape_of(runner, gdn_config)[0]
+
+
+def _measured_faster(stocks: str, shape: warmup.Shape, tokens: int | None = None) -> bool:
+    """Whether the table has a row for this GPU, these heads and calls of this or of some length."""
     if torch.device(shape.device).type != "cuda":
         return False
     capability = dispatch.capability_of(torch.cuda.current_device())
-    return prefill.wins(capability, stocks, (shape.Hg, shape.H))
+    return prefill.wins(capability, stocks, (shape.Hg, shape.H), tokens)
 
 
 def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
@@ -142,6 +169,11 @@ def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
 
 
 _installer = FullInstaller()
+
+
+def displace(runner: Any, config: Config) -> str:
+    """``FullInstaller.displace`` of this process."""
+    return _installer.displace(runner, config)
 
 
 def install_once(runner: Any, backend: Any, config: Config) -> str:

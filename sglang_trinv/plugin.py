@@ -91,6 +91,7 @@ def _install_then_build(
     from sglang_trinv import install, install_full, install_kda
 
     install.install_once(runner, config)
+    install_full.displace(runner, config)
     backend = original_fn(runner, full_attn_backend)
     install.announce(runner, backend)
     install_full.install_once(runner, backend, config)

@@ -29,8 +29,8 @@ class Win:
 
 
 # Ours was the faster one in every row of the evidence, also than FlashInfer (geometric means 1.85
-# and, on the device alone, 1.40). FlashInfer is not displaced by the table yet: our answer to a
-# short call would be SGLang's chain, and it has not been served in FlashInfer's place on a GPU.
+# and, on the device alone, 1.40). A row for "flashinfer" that starts at one token displaces it
+# (install_full.displace); none does yet: short calls have not been measured against it.
 EVIDENCE = "prefill-h200.json"
 WINS: tuple[Win, ...] = (
     Win((9, 0), "triton", ((16, 32),), 2048, EVIDENCE),

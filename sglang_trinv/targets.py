@@ -266,6 +266,18 @@ def force_triton_prefill(target: Target, runner: Any) -> bool:
     return True
 
 
+def defaults_to_flashinfer(target: Target, runner: Any) -> bool:
+    """Whether SGLang, left alone, gives this runner FlashInfer's GDN prefill by its own choice.
+
+    Asks SGLang's own function, before the backend is built; one that acts instead of answering
+    (and chooses FlashInfer on SM100 alone) is not asked.
+    """
+    if target.prefill_default.startswith("maybe_set") or not target.prefill_default:
+        return False
+    name = "sglang.srt.layers.attention.linear.gdn_backend"
+    return getattr(importlib.import_module(name), target.prefill_default)(runner) == "flashinfer"
+
+
 def prefill_backend_of(target: Target, backend: Any) -> str:
     """Name of the kernels that ``backend`` (what the attention wrapper returned) prefills GDN with.
 

@@ -228,6 +228,60 @@ def test_other_kernels_are_not_displaced(
         install_full.FullInstaller().install_for(made.runner, backend, strict)
 
 
+@pytest.fixture
+def faster_than_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(stocks: str, *_: Any, tokens: int | None = None) -> bool:
+        return stocks == "flashinfer"
+
+    monkeypatch.setattr(install_full, "_measured_faster", measured)
+
+
+def displaced(made: Stage, config: Config) -> Any:
+    """The backend as the plugin's hook has it built."""
+    install_full.displace(made.runner, config)
+    backend = made.build()
+    install_full.install_once(made.runner, backend, config)
+    return backend.linear_attn_backend.kernel_dispatcher
+
+
+@pytest.mark.parametrize("config", [Config(), FULL])
+@pytest.mark.parametrize("release", ["0.5.20", "0.5.23"])
+def test_sglangs_own_flashinfer_is_displaced_where_ours_is_faster(
+    stage: Callable[..., Stage], faster_than_flashinfer: None, config: Config, calls: list[Any],
+    process: status.ProcessStatus,
+) -> None:  # fmt: skip
+    dispatcher = displaced(stage(), config)
+    kernel = dispatcher.extend_kernel
+    assert type(kernel).__name__ == "TrinvGDNKernel"
+    assert kernel.instead_of == "flashinfer"
+    assert process.fallbacks == {}
+    assert process.hooks()[-1]["live"]
+    assert not getattr(dispatcher, "extend_uses_state_checkpoints", False)
+
+
+@pytest.mark.parametrize("release", ["0.5.20", "0.5.23"])
+def test_flashinfer_stays_where_ours_is_too_far_from_the_truth(
+    stage: Callable[..., Stage], faster_than_flashinfer: None, monkeypatch: Any, calls: list[Any],
+    process: status.ProcessStatus,
+) -> None:  # fmt: skip
+    def fail(*_: Any) -> None:
+        raise SelfCheckFailed("self-check: error of o is 1, allowed is 0.01")
+
+    monkeypatch.setattr(install_full.selfcheck, "run", fail)
+    dispatcher = displaced(stage(), Config())
+    assert type(dispatcher.extend_kernel).__name__ == "FlashInferGDNKernel"
+    (reason,) = process.fallbacks
+    assert "self-check: error of o" in reason
+
+
+@pytest.mark.parametrize("release", ["0.5.16", "0.5.20", "0.5.23"])
+def test_a_users_flashinfer_is_never_displaced_by_the_table(
+    stage: Callable[..., Stage], faster_than_flashinfer: None, calls: list[Any]
+) -> None:
+    dispatcher = displaced(stage(linear_attn_prefill_backend="flashinfer"), Config())
+    assert type(dispatcher.extend_kernel).__name__ == "FlashInferGDNKernel"
+
+
 def test_the_callers_arguments_are_known(
     release: str, sources: Path, target: targets.Target
 ) -> None:

@@ -88,5 +88,15 @@ def test_force_leaves_every_other_choice_alone(
     assert targets.force_triton_prefill(target, built.runner) is False
 
 
+def test_sglang_is_asked_for_its_own_choice(stage: MakeStage, target: targets.Target) -> None:
+    answers = target.prefill_default == "flashinfer_gdn_prefill_default"
+    for flags, expected in (
+        ({}, answers),
+        ({"linear_attn_prefill_backend": "triton"}, False),
+        ({"linear_attn_prefill_backend": "flashinfer"}, False),
+    ):
+        assert targets.defaults_to_flashinfer(target, stage(**flags).runner) is expected
+
+
 def test_a_backend_without_gdn_kernels_is_unknown(target: targets.Target) -> None:
     assert targets.prefill_backend_of(target, "full attention") == "unknown"

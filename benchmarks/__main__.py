@@ -25,7 +25,8 @@ def main() -> int:
     intra.add_argument("--only", default="", metavar="OP", help="ops whose name contains this")
     intra.add_argument("--no-compile", action="store_true", help="compile when first called")
     prefill = commands.add_parser("prefill", help="the whole layer: ours, SGLang, FlashInfer")
-    prefill.add_argument("--out", type=Path, default=RESULTS / "prefill-h200.json")
+    prefill.add_argument("--out", type=Path, help="default: prefill[-short]-h200.json")
+    prefill.add_argument("--short", action="store_true", help="calls of 1 to 1024 tokens")
     prefill.add_argument("--sglang", metavar="FOLDER", help="holds the package sglang")
     prefill.add_argument("--sglang-release", metavar="X.Y.Z", help="its release, for the record")
     prefill.add_argument("--flashinfer", action="store_true", help="measure the installed one too")
@@ -58,8 +59,10 @@ def main() -> int:
     if arguments.command == "prefill":
         from benchmarks import prefill as layer
 
+        cases, name = (layer.SHORT, "-short") if arguments.short else (layer.CASES, "")
+        out = arguments.out or RESULTS / f"prefill{name}-h200.json"
         return layer.main(
-            arguments.out, arguments.sglang, arguments.sglang_release, arguments.flashinfer,
+            out, cases, arguments.sglang, arguments.sglang_release, arguments.flashinfer,
             arguments.rounds,
         )  # fmt: skip
     from benchmarks import intra as measurement

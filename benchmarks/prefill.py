@@ -21,11 +21,13 @@ import torch
 from benchmarks import prefill_report, timing
 from benchmarks.provenance import provenance
 from sglang_trinv.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
-from sglang_trinv.reference.recurrence import naive_gated_delta_rule
+from sglang_trinv.reference.chunk import naive_chunk_forward
+from sglang_trinv.reference.recurrence import l2norm, naive_gated_delta_rule
 
+OP = "chunk_gated_delta_rule"
 D = 128  # width of keys and values
 FLA = "sglang.kernels.ops.attention.fla"
-# lengths, key heads, value heads, goal in us (wall)
+# lengths, key heads, value heads, goal in us
 CASES = (
     ((2048,), 16, 32, 110),
     ((8192,), 16, 32, 200),
@@ -42,6 +44,12 @@ CASES = (
     ((1024,) * 8, 16, 64, 255),
     ((8192,), 16, 48, 300),
     ((8192,), 4, 8, 130),
+)
+# What a server also asks: parts of prompts, prefix hits, heads of a rank under tensor parallelism.
+SHORT = tuple(
+    ((T,), hk, hv, None)
+    for hk, hv in ((16, 32), (16, 64), (16, 48), (16, 16), (8, 16), (8, 32), (4, 8), (2, 4))
+    for T in (1, 64, 256, 1024)
 )
 ALLOWED = 1.1  # times the error of SGLang's Triton chain
 HARD = ("random", "near-equal keys", "equal keys")
@@ -117,19 +125,23 @@ def flashinfer(x: Call) -> torch.Tensor:
     return o[None]
 
 
-def main(out: Path, sglang: str | None, release: str | None, with_flashinfer: bool, rounds: int):
+def main(
+    out: Path, cases: tuple[Any, ...], sglang: str | None, release: str | None,
+    with_flashinfer: bool, rounds: int,
+) -> int:  # fmt: skip
     """Measure every case, print a line each and write ``out``; returns the exit code."""
     layers: dict[str, Layer] = {"ours": ours}
     if sglang:
         sys.path.insert(0, sglang)
-        layers["sglang triton"] = sglang_triton
+        layers["sglang"] = sglang_triton
     if with_flashinfer:
         layers["flashinfer"] = flashinfer
     errors = {keys: accuracy(keys, layers) for keys in HARD}
     for keys, found in errors.items():
         print(f"{keys:16}", found, flush=True)
-    rows = [measure(*case, layers, rounds) for case in CASES]
-    ratios = {n: [prefill_report.ratio(row, "wall", n) for row in rows] for n in layers}
+    rows = [row for case in cases for row in measure(*case, layers, rounds)]
+    calls = prefill_report.calls(rows)
+    ratios = {n: [prefill_report.ratio(call, "wall", n) for call in calls] for n in layers}
     means = {n: round(statistics.geometric_mean(r), 3) for n, r in ratios.items() if n != "ours"}
     print("geometric mean of the speed-up over", means)
     origin = {**provenance(sglang, release), "rounds": rounds}
@@ -144,9 +156,9 @@ def main(out: Path, sglang: str | None, release: str | None, with_flashinfer: bo
     out.write_text(json.dumps(found, indent=1) + "\n")
     if set(prefill_report.PEERS) <= set(layers):
         prefill_report.plot(found, out.with_suffix(".png"))
-    stock = {keys: e.get("sglang triton") for keys, e in errors.items()}
+    stock = {keys: e.get("sglang") for keys, e in errors.items()}
     return int(
-        any(s and errors[k]["ours"][i] > 1.1 * s[i] for k, s in stock.items() for i in (0, 1))
+        any(s and errors[k]["ours"][i] > ALLOWED * s[i] for k, s in stock.items() for i in (0, 1))
     )
 
 
@@ -164,23 +176,42 @@ def accuracy(keys: str, layers: dict[str, Layer]) -> dict[str, list[float]]:
 
 
 def measure(
-    lengths: tuple[int, ...], hk: int, hv: int, goal: int, layers: dict[str, Layer], rounds: int
-) -> dict[str, Any]:
+    lengths: tuple[int, ...], hk: int, hv: int, goal: int | None, layers: dict[str, Layer],
+    rounds: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each layer: correctness first, then memory and time."""
     x = build(lengths, hk, hv)
+    errors = {n: _errors(x, layer) for n, layer in layers.items()}
+    peak = {n: timing.peak_bytes(partial(layer, x)) for n, layer in layers.items()}
     times = timing.measure({n: partial(_fresh, layer, x) for n, layer in layers.items()}, rounds)
-    row = {
-        "lengths": lengths, "hk": hk, "hv": hv, "at_most_us": goal,
-        "device": {n: t["device"] for n, t in times.items()},
-        "wall": {n: t["wall"] for n, t in times.items()},
-        "peak_bytes": {n: timing.peak_bytes(partial(f, x)) for n, f in layers.items()},
-        "least_bytes": 4 * sum(lengths) * (hk + hv) * D,
-    }  # fmt: skip
-    shown = {n: (row["device"][n]["median_us"], row["wall"][n]["median_us"]) for n in layers}
+    rows = [
+        {
+            "op": OP, "lengths": list(lengths), "hk": hk, "hv": hv, "dtype": "bfloat16", "impl": n,
+            **times[n]["device"], "wall": times[n]["wall"], "rel_err": max(errors[n].values()),
+            "rel_errs": errors[n], "peak_bytes": peak[n],
+            "least_bytes": 4 * sum(lengths) * (hk + hv) * D, "at_most_us": goal,
+        }
+        for n in layers
+    ]  # fmt: skip
+    shown = {r["impl"]: (r["median_us"], r["wall"]["median_us"], r["rel_err"]) for r in rows}
     print(
-        f"{prefill_report.title(row):16} {hk}/{hv} (device, wall) us: {shown}, goal {goal}",
+        f"{prefill_report.title(rows[0]):16} {hk}/{hv} (device us, wall us, error): {shown}, "
+        f"goal {goal}",
         flush=True,
     )
-    return row
+    return rows
+
+
+def _errors(x: Call, layer: Layer) -> dict[str, float]:
+    """Relative Frobenius errors of the output and the final states, from states of zeros.
+
+    The truth in float64 chunk by chunk: token by token it takes seconds for long sequences.
+    """
+    x.pool.zero_()
+    o, state = layer(x), x.pool
+    q, k = l2norm(x.q.double()), l2norm(x.k.double())
+    truth = naive_chunk_forward(q, k, x.v, x.g.double(), x.beta, cu_seqlens=x.cu_seqlens)
+    return {n: _error(a, b) for n, a, b in zip(("o", "state"), (o, state), truth, strict=True)}
 
 
 def _fresh(layer: Layer, x: Call) -> Callable[[], torch.Tensor]:

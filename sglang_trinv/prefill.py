@@ -25,13 +25,13 @@ class Win:
     instead_of: str  # "triton" or "flashinfer"
     heads: tuple[tuple[int, int], ...]  # (key heads, value heads) of a rank
     least_tokens: int  # of a call
-    evidence: str  # file of benchmarks/results
+    evidence: tuple[str, ...]  # files of benchmarks/results
 
 
 # Ours was the faster one in every row of the evidence, also than FlashInfer (geometric means 1.85
 # and, on the device alone, 1.40). A row for "flashinfer" that starts at one token displaces it
 # (install_full.displace); none does yet: short calls have not been measured against it.
-EVIDENCE = "prefill-h200.json"
+EVIDENCE = ("prefill-h200.json",)
 WINS: tuple[Win, ...] = (
     Win((9, 0), "triton", ((16, 32),), 2048, EVIDENCE),
     Win((9, 0), "triton", ((2, 4), (4, 8), (16, 48), (16, 64)), 8192, EVIDENCE),

@@ -83,18 +83,17 @@ def unit_gram_blocks(
 
 
 @triton.jit
-def tie_breaking(o_t, DOT: tl.constexpr):
-    """Row factors that move by less than half of the last of 11 bits, up and down in turns.
+def carry_rounding(b_E, dtype: tl.constexpr, IO: tl.constexpr):
+    """E of a diagonal block, plus what rounding each row to ``dtype`` will lose, one row below.
 
-    What stands next to the diagonal keeps the 11 bits to which N was rounded. On near-equal keys
-    these entries are one number; rounded to the 8 bits of bfloat16, ties to even, they would all
-    err to one side (cosine 0.998, beta 1: 2.3 times the state error of SGLang's chain).
+    Near-equal keys add up the rows of Ai: the state is their sum. Rounded one by one, the large
+    entries next to the diagonal leave 64 errors in it; the row below has smaller entries and so
+    the bits to take them back (docs/numerics.md#carried-rounding).
     """
-    b_t = (o_t & 1).to(tl.float32) - 0.5
-    if DOT == "fp16" or DOT == "tf32":
-        return (1.0 + b_t * 0.000244140625)[:, None]
-    else:
-        return (1.0 + b_t * 0.0)[:, None]
+    o_i = tl.arange(0, 16)
+    b_lost = b_E - b_E.to(dtype).to(tl.float32)
+    b_down = tl.where(o_i[:, None] == o_i[None, :] + 1, 1.0, 0.0)
+    return tl.dot(b_down.to(IO), b_lost.to(IO), b_E)
 
 
 @triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["cu_seqlens"])
@@ -157,10 +156,12 @@ def inverse_kernel(
             below_block(G30, b_b3, b_g0, g_3), below_block(G31, b_b3, b_g1, g_3),
             below_block(G32, b_b3, b_g2, g_3), DOT,
         )  # fmt: skip
-        b_t = tie_breaking(o_t, DOT)
-        E00, E11 = add_identity(E00) * b_t, add_identity(E11) * b_t
-        E22, E33 = add_identity(E22) * b_t, add_identity(E33) * b_t
-        X10, X21, X32 = X10 * b_t, X21 * b_t, X32 * b_t
+        e = blocks.dtype.element_ty
+        E00, E11 = carry_rounding(E00, e, IO), carry_rounding(E11, e, IO)
+        E22, E33 = carry_rounding(E22, e, IO), carry_rounding(E33, e, IO)
+        E00, E11, E22, E33 = (
+            add_identity(E00), add_identity(E11), add_identity(E22), add_identity(E33)
+        )  # fmt: skip
         p_A = blocks + tile * 8192
         b_0 = tl.zeros([16, 16], tl.float32)
         store_block_row(p_A, 64, o_t, 64, 4, E00, b_0, b_0, b_0)

@@ -12,6 +12,7 @@ from sglang_trinv.kernels.configs import PrefillConfig
 from sglang_trinv.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from tests.inputs import HARD_INPUTS, LENGTHS
 from tests.prefill_checks import (
+    NEARER_KEYS,
     RANDOM,
     Call,
     check_prefill,
@@ -65,9 +66,10 @@ def config(request: pytest.FixtureRequest) -> PrefillConfig:
     return CONFIGS[request.param]
 
 
-@pytest.mark.parametrize("name", HARD_INPUTS)
-def test_hard_inputs(name: str, config: PrefillConfig, record_property) -> None:
-    call = made(HARD_INPUTS[name], Hg=4)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("name", HARD_INPUTS | NEARER_KEYS)
+def test_hard_inputs(name: str, zeros: bool, config: PrefillConfig, record_property) -> None:
+    call = made((HARD_INPUTS | NEARER_KEYS)[name], Hg=4, zeros=zeros)
     for output, (error, allowed) in check_prefill(call, stock(call), config=config).items():
         record_property(output, f"{error:.3e} of {allowed:.3e}")
 

@@ -65,7 +65,7 @@ def test_hard_inputs(zeros: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_carried_rounding_of_near_equal_keys(dtype: torch.dtype) -> None:
-    """Half of the error of SGLang's chain; 1.2 to 1.4 times it without the carry, in bfloat16."""
+    """Half of the error of SGLang's chain; without the carry 1.2 times it, in bfloat16."""
     case = NEARER_KEYS["cosine 0.9996, beta 0.995"]
     call = prefill_call(case, [320], ratio=4, K=128, dtype=dtype, zeros=True)
     truth, stock = truth_of(call), stock_chain_emulated(call)

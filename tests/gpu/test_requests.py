@@ -1,7 +1,9 @@
 """What clients ask of a server, with compiled kernels: tools, schemas, echo, long and many prompts.
 
-One server with the plugin, CUDA graphs and the prefix cache on, in strict mode: a call that falls
-back would end it. ``TRINV_LOAD_SECONDS`` sets how long the load lasts (default: 120).
+A server with the plugin, once with the step around the inverse and once with the whole prefill
+replaced, CUDA graphs and the prefix cache on, in strict mode: a call that falls back would end it.
+Each server needs the GPU for itself. ``TRINV_LOAD_SECONDS`` sets how long the load lasts (default:
+120).
 """
 
 from __future__ import annotations
@@ -38,12 +40,14 @@ MANY = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+@pytest.fixture(scope="module", params=["intra", "full"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
     model = tmp_path_factory.mktemp("model")
     make.write(model, "conditional")
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")}
-    environ |= {"SGLANG_TRINV_STRICT": "1"}
+    environ |= {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": request.param}
     config = ServeConfig(
         model=str(model), device="cuda", port=free_port(), extra=(*FLAGS, *DETERMINISTIC, *MANY)
     )
@@ -61,6 +65,7 @@ def test_self_check_of_the_compiled_kernels(server: Client, record_property) -> 
     (status,) = server.schedulers()
     assert 0 < status["self_check"]["worst_ratio"] <= 1
     record_property("self_check", status["self_check"])
+    record_property("self_check_full", status["self_check_full"])
     record_property("warmup_s", status["warmup_s"])
 
 

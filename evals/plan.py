@@ -19,13 +19,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from sglang_trinv.config import FAULTS, SERVER_FAULTS
+from sglang_trinv.config import FAULTS, METHODS, SERVER_FAULTS, STUDIED
 from sglang_trinv.evals.errors import EvalError
 
 PLAIN = ("off", "flashinfer", "on")
 HARMLESS = ("bf16_rounding",)  # the gate must pass it
 EXAMPLES = ("bf16_inverse", "mxr16")  # the gate may think what it likes
-KINDS = PLAIN + tuple(fault for fault in FAULTS if fault not in ("", *SERVER_FAULTS))
+OUR_METHODS = METHODS[1:]  # the arm "on" has "auto"
+KINDS = PLAIN + OUR_METHODS + tuple(f for f in FAULTS if f not in ("", *SERVER_FAULTS))
 SETTINGS = ("SGLANG_TRINV_GDN", "SGLANG_TRINV_KDA", "SGLANG_TRINV_METHOD")
 LEAST_FREE_BYTES = 256 << 20
 # lm-eval ignores a model argument that it does not know, so only these are let through.
@@ -56,7 +57,7 @@ class Plan(BaseModel):
 
 
 class Arm(BaseModel):
-    """One server and what it is asked. ``kind`` is a name in ``KINDS``."""
+    """One server and what it is asked. ``kind`` is a name in ``KINDS``, or METHOD-PRECISION."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -82,7 +83,9 @@ class Arm(BaseModel):
         if self.kernels == "stock":
             return {}
         found = {**settings, "SGLANG_TRINV_STRICT": "1"}
-        if self.kind != "on":
+        if self.kind in OUR_METHODS:
+            found["SGLANG_TRINV_METHOD"] = self.kind
+        elif self.kind != "on":
             found |= {"SGLANG_TRINV_GDN": "intra", "SGLANG_TRINV_FAULT": self.kind}
         return found
 
@@ -100,8 +103,8 @@ def parse_arms(text: str) -> tuple[str, ...]:
     """
     kinds = tuple(part.strip() for part in text.split(","))
     for kind in kinds:
-        if kind not in KINDS:
-            raise EvalError(f"--arms: want {', '.join(KINDS)}, got {kind!r}")
+        if kind not in KINDS and not STUDIED.fullmatch(kind):
+            raise EvalError(f"--arms: want {', '.join(KINDS)} or METHOD-PRECISION, got {kind!r}")
     if not set(kinds) & {"off", "flashinfer"} or not set(kinds) - {"off", "flashinfer"}:
         raise EvalError(f"--arms: want a baseline (off) and a candidate (on), got {text!r}")
     return kinds

@@ -15,6 +15,7 @@ from torch import Tensor
 from sglang_trinv.reference.algorithms import bunch_hopcroft, cayley_hamilton, mixed_recursion
 from sglang_trinv.reference.chunk import CHUNK_SIZE, chunk_A
 from sglang_trinv.reference.layout import ChunkLayout, expand_heads
+from sglang_trinv.reference.methods import METHODS, invert
 from sglang_trinv.reference.precision import PRECISIONS
 
 EXACT = PRECISIONS["fp32"]
@@ -66,6 +67,17 @@ INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def inverse(fault: str) -> Callable[[Tensor], Tensor] | None:
+    """The inverse called ``fault``: of ``INVERSES``, or METHOD-PRECISION of ``methods``; else
+    None."""
+    if fault in INVERSES:
+        return INVERSES[fault]
+    method, _, precision = fault.partition("-")
+    if method not in METHODS or precision not in PRECISIONS:
+        return None
+    return partial(invert, method=method, precision=precision)
+
+
 @torch.no_grad()
 def fwd_intra(
     fault: str,
@@ -88,7 +100,7 @@ def fwd_intra(
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # the emulation wants it; a server may not
     try:
-        X = INVERSES[fault](A).double()
+        X = inverse(fault)(A).double()
     finally:
         torch.set_float32_matmul_precision(precision)
     strength = layout.split(beta)[..., None]

@@ -33,7 +33,7 @@ INVERSES = ("kkt_solve", "fwd_intra", "solve_tril")
 
 
 def draw(
-    study: pd.DataFrame, model: pd.DataFrame, speed: Path | None, out: Path
+    study: pd.DataFrame, model: pd.DataFrame, served: pd.DataFrame, speed: Path | None, out: Path
 ) -> dict[str, Path]:
     """Draw every figure that there are numbers for; caption -> file."""
     made = {
@@ -50,6 +50,8 @@ def draw(
             "layer.png", layer(study)),
         "The embedded model: what an error of the inverse does to it": (
             "model.png", drift(model)),
+        "The embedded model served, one inverse an arm: log-likelihoods and answers of lm-eval": (
+            "served.png", drift(served)),
         "Speed against error": ("speed.png", speed_scatter(speed)),
     }  # fmt: skip
     found = {}

@@ -63,6 +63,7 @@ def write(
     about: dict[str, Any],
     study: pd.DataFrame,
     model: pd.DataFrame,
+    served: pd.DataFrame,
     pictures: dict[str, Path],
 ) -> Path:
     """Write report.html, one page without links to other files; ``pictures``: caption -> PNG."""
@@ -79,8 +80,9 @@ def write(
     ]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text()).render(
-        about=about, images=images, tables=tables, model=model, methods=METHODS.values(),
-        number=number, shade=shade, isnan=lambda x: isinstance(x, float) and math.isnan(x),
+        about=about, images=images, tables=tables, model=model, served=served,
+        methods=METHODS.values(), number=number, shade=shade,
+        isnan=lambda x: isinstance(x, float) and math.isnan(x),
     )  # fmt: skip
     path = out / "report.html"
     path.write_text(page)

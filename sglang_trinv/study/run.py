@@ -24,7 +24,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for; ``gates`` and ``speed`` are files that exist."""
+    """What the command line asks for; ``gates``, ``speed`` and ``served`` are there."""
 
     quick: bool
     device: str
@@ -32,6 +32,7 @@ class Options:
     gates: Path | None
     model: bool
     speed: Path | None
+    served: Path | None
 
 
 def run(options: Options, console: Console) -> Path:
@@ -48,8 +49,11 @@ def run(options: Options, console: Console) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeElapsedColumn())  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        inverses, models = _measure(options, progress)
-    tables = {"study": pd.DataFrame(inverses), "model": pd.DataFrame(models)}
+        measured = _measure(options, progress)
+    tables = {
+        name: pd.DataFrame(rows)
+        for name, rows in zip(("study", "model", "served"), measured, strict=True)
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     for name, table in tables.items():
         if len(table):
@@ -57,12 +61,12 @@ def run(options: Options, console: Console) -> Path:
             table.to_parquet(options.out / f"{name}.parquet", index=False)
     summary = report.summary(tables["study"])
     summary.to_csv(options.out / "summary.csv", index=False, float_format="%.3g")
-    pictures = figures.draw(tables["study"], tables["model"], options.speed, options.out)
+    pictures = figures.draw(**tables, speed=options.speed, out=options.out)
     about = {**provenance(options), "seconds": round(time.monotonic() - started)}
-    return report.write(options.out, about, tables["study"], tables["model"], pictures)
+    return report.write(options.out, about, pictures=pictures, **tables)
 
 
-def _measure(options: Options, progress: Progress) -> tuple[Rows, Rows]:
+def _measure(options: Options, progress: Progress) -> tuple[Rows, Rows, Rows]:
     work = measure.work(options.quick)
     embedded, captured = None, []
     if options.model:
@@ -80,10 +84,15 @@ def _measure(options: Options, progress: Progress) -> tuple[Rows, Rows]:
             inverses += measure.emulated(problem, method, precision)
         inverses += measure.compiled(problem)
     if embedded is None:
-        return inverses, []
+        return inverses, [], []
+    found: Rows = []
+    if options.served:
+        from sglang_trinv.study import served
+
+        found = list(served.rows(options.served, captured))
     task = progress.add_task("model", total=1 + len(list(model.candidates(options.quick))))
     tell = _progress(progress, task, "model")
-    return inverses, list(tell(model.drift(embedded, options.quick)))
+    return inverses, list(tell(model.drift(embedded, options.quick))), found
 
 
 def _progress(progress: Progress, task: Any, text: str) -> Callable[[Iterable], Iterable]:

@@ -10,6 +10,8 @@ from pydantic import ValidationError
 from sglang_trinv import config
 from sglang_trinv.config import Config
 from sglang_trinv.errors import ConfigError, TrinvError
+from sglang_trinv.reference.methods import METHODS
+from sglang_trinv.reference.precision import PRECISIONS
 
 V = config.PREFIX
 
@@ -74,7 +76,7 @@ def test_reads_the_process_and_nothing_else(clean_env: pytest.MonkeyPatch) -> No
         (
             f"{V}_FAULT",
             "all",
-            f"want nothing, or for tests one of {', '.join(config.FAULTS[1:])}",
+            f"want nothing, or for tests one of {', '.join(config.FAULTS[1:])} or METHOD-PRECISION",
         ),
     ],
 )
@@ -82,6 +84,14 @@ def test_bad_value(name: str, value: str, wanted: str) -> None:
     with pytest.raises(ConfigError) as error:
         Config.from_env({name: value})
     assert str(error.value) == f"{name}: {wanted}; got {value!r}"
+
+
+def test_studied_inverses_are_those_of_the_reference() -> None:
+    names = [f"{m}-{p}" for m in METHODS for p in PRECISIONS if p != "fp64"]
+    assert all(Config.from_env({f"{V}_FAULT": name}).fault == name for name in names)
+    for name in ("MBH", "MBH-", "MBH-fp64", "MBH-fp8", "XYZ-fp16", "MBH-fp16-fp16", "NS8-fp16"):
+        with pytest.raises(ConfigError):
+            Config.from_env({f"{V}_FAULT": name})
 
 
 @pytest.mark.parametrize("name", [f"{V}_METHODS", f"{V}X", f"{V}_", f"{V}_method"])

@@ -24,7 +24,7 @@ pd = pytest.importorskip("pandas")
 for needed in ("jinja2", "matplotlib", "pyarrow"):
     pytest.importorskip(needed)
 
-from sglang_trinv.study import cases, figures, measure, report  # noqa: E402
+from sglang_trinv.study import cases, figures, measure, report, served  # noqa: E402
 from sglang_trinv.study import cli as study_cli  # noqa: E402
 
 runner = CliRunner()
@@ -97,6 +97,35 @@ def test_page_opens_in_a_browser(folder: Path, tmp_path: Path) -> None:
     assert good == images >= 5
     assert cells > 100
     assert overflow <= 0
+
+
+REPORT = Path(__file__).parents[2] / "evals" / "results" / "h200-tiny" / "report.json"
+
+
+def test_a_served_run_is_shown_against_the_error_of_its_inverses(tmp_path: Path) -> None:
+    x = HARD_INPUTS["cosine 0.98"].build(128, K=64, H=2)
+    found = {row["arm"]: row for row in served.rows(REPORT, [("keys", x)])}
+    assert set(found) == {"on", "off", "mxr16", "bf16_inverse", "no_merges"}
+    assert (found["on"]["method"], found["on"]["precision"]) == ("MBH16", "fp16")
+    assert found["on"]["inverse"] < found["bf16_inverse"]["inverse"] < found["mxr16"]["inverse"]
+    assert 0 < found["on"]["kl"] < found["no_merges"]["kl"]
+    compared = json.loads(REPORT.read_text())["comparisons"][0]
+    assert found["on"]["accuracy"] == compared["accuracy"]["on"] / compared["accuracy"]["n"]
+    assert found["no_merges"]["verdict"] == "REGRESSION"
+    table = pd.DataFrame(found.values())
+    assert figures.drift(table) is not None
+    study = pd.DataFrame(measure.emulated(cases.build(16, None, []), "MBH16", "fp16"))
+    page = report.write(tmp_path, {}, study, pd.DataFrame(), table, {}).read_text()
+    assert page.count("<tr><td>") >= len(table)
+    assert 'id="served"' in page
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"comparisons": [{}]}'])
+def test_a_file_that_is_no_report_is_one_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.json").write_text(text)
+    x = HARD_INPUTS["random"].build(64, K=64)
+    with pytest.raises(TrinvError, match="--served: .*r.json: want report.json of a run"):
+        list(served.rows(tmp_path / "r.json", [("keys", x)]))
 
 
 def test_errors_are_what_they_are_called() -> None:
@@ -202,6 +231,8 @@ def test_the_model_feels_a_wrong_inverse() -> None:
         (["--device", "tpu"], "--device: want cpu or cuda, got 'tpu'"),
         (["--gates", "/nowhere"], "--gates: want a folder, got /nowhere"),
         (["--speed", "/nowhere"], "--speed: want a file, got /nowhere"),
+        (["--served", "/nowhere"], "--served: want a file, got /nowhere"),
+        (["--served", str(REPORT), "--no-model"], "--served: wants the embedded model's keys"),
         (["--out", "/dev/null"], "--out: want a folder, got /dev/null"),
     ],
 )

@@ -39,6 +39,10 @@ def test_arms_differ_by_what_they_are_called():
     assert bad.environ({}) == {
         "SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": "intra", "SGLANG_TRINV_FAULT": "no_merges",
     }  # fmt: skip
+    ours, studied = arms_of(("mbh_tf32x3", "MXR8-bf16"))
+    assert ours.environ({})["SGLANG_TRINV_METHOD"] == "mbh_tf32x3"
+    assert "SGLANG_TRINV_FAULT" not in ours.environ({})
+    assert studied.environ({})["SGLANG_TRINV_FAULT"] == "MXR8-bf16"
     configs = [arm_module.serve_config(make_plan(), arm, shared=False) for arm in (off, on)]
     one, two = (c.model_dump(exclude={"port"}) for c in configs)
     assert one | {"kernels": "ours"} == two

@@ -1,4 +1,4 @@
-"""`python -m benchmarks intra | prefill | resources | serve | tables`."""
+"""`python -m benchmarks intra | prefill | methods | resources | serve | tables`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ def main() -> int:
     prefill = commands.add_parser("prefill", help="the whole layer: ours, SGLang, FlashInfer")
     prefill.add_argument("--out", type=Path, help="default: prefill[-short]-h200.json")
     prefill.add_argument("--short", action="store_true", help="calls of 1 to 1024 tokens")
-    prefill.add_argument("--sglang", metavar="FOLDER", help="holds the package sglang")
-    prefill.add_argument("--sglang-release", metavar="X.Y.Z", help="its release, for the record")
-    prefill.add_argument("--flashinfer", action="store_true", help="measure the installed one too")
-    prefill.add_argument("--rounds", type=int, default=20, help="timed calls each (default: 20)")
+    methods = commands.add_parser("methods", help="the whole layer by method of the inverse")
+    methods.add_argument("--out", type=Path, default=RESULTS / "methods-h200.json")
+    for peers in (prefill, methods):
+        peers.add_argument("--sglang", metavar="FOLDER", help="holds the package sglang")
+        peers.add_argument("--sglang-release", metavar="X.Y.Z", help="its release, for the record")
+        peers.add_argument("--flashinfer", action="store_true", help="measure the installed one")
+        peers.add_argument("--rounds", type=int, default=20, help="timed calls each (default: 20)")
     resources = commands.add_parser("resources", help="compile for every architecture, no GPU")
     resources.add_argument("--out", type=Path, default=RESULTS / "resources.json")
     _serve_options(commands.add_parser("serve", help="whole servers: time to first token"))
@@ -63,6 +66,13 @@ def main() -> int:
         out = arguments.out or RESULTS / f"prefill{name}-h200.json"
         return layer.main(
             out, cases, arguments.sglang, arguments.sglang_release, arguments.flashinfer,
+            arguments.rounds,
+        )  # fmt: skip
+    if arguments.command == "methods":
+        from benchmarks import methods as by_method
+
+        return by_method.main(
+            arguments.out, arguments.sglang, arguments.sglang_release, arguments.flashinfer,
             arguments.rounds,
         )  # fmt: skip
     from benchmarks import intra as measurement

@@ -52,6 +52,8 @@ SHORT = tuple(
     for T in (1, 64, 256, 1024)
 )
 ALLOWED = 1.1  # times the error of SGLang's Triton chain
+DEVICE = "cuda"
+JUDGED = (300, 212)  # tokens, of the sequences by which errors are judged
 HARD = ("random", "near-equal keys", "equal keys")
 
 
@@ -74,11 +76,11 @@ Layer = Callable[[Call], torch.Tensor]
 
 def build(lengths: tuple[int, ...], hk: int, hv: int, keys: str = "random") -> Call:
     """Draw a call; ``keys`` is one of ``HARD``."""
-    gen = torch.Generator("cuda").manual_seed(0)
+    gen = torch.Generator(DEVICE).manual_seed(0)
     T, N = sum(lengths), len(lengths)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(1, T, *shape, generator=gen, device="cuda")
+        return torch.randn(1, T, *shape, generator=gen, device=DEVICE)
 
     k = random(hk, D)
     beta = random(hv).sigmoid()
@@ -87,17 +89,17 @@ def build(lengths: tuple[int, ...], hk: int, hv: int, keys: str = "random") -> C
         k = k[:, :1] + (0.02 if keys == "near-equal keys" else 0.0) * k
         beta, g = torch.full_like(beta, 0.995), 1e-3 * g
     k = k * (0.5 + random(hk, 1).abs())  # lengths that the layer has to normalise
-    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    ends = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
     return Call(
         random(hk, D).bfloat16(), k.bfloat16(), random(hv, D).bfloat16(), g, beta,
-        torch.zeros(N, hv, D, D, device="cuda"), torch.arange(N, device="cuda").int(), ends.int(),
+        torch.zeros(N, hv, D, D, device=DEVICE), torch.arange(N, device=DEVICE).int(), ends.int(),
     )  # fmt: skip
 
 
-def ours(x: Call) -> torch.Tensor:
+def ours(x: Call, method: str = "auto") -> torch.Tensor:
     return chunk_gated_delta_rule(
         x.q, x.k, x.v, x.g, x.beta, initial_state=x.pool, initial_state_indices=x.indices,
-        cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, return_h=False,
+        cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True, return_h=False, method=method,
     )[0]  # fmt: skip
 
 
@@ -130,12 +132,7 @@ def main(
     with_flashinfer: bool, rounds: int,
 ) -> int:  # fmt: skip
     """Measure every case, print a line each and write ``out``; returns the exit code."""
-    layers: dict[str, Layer] = {"ours": ours}
-    if sglang:
-        sys.path.insert(0, sglang)
-        layers["sglang"] = sglang_triton
-    if with_flashinfer:
-        layers["flashinfer"] = flashinfer
+    layers = {"ours": ours, **peers(sglang, with_flashinfer)}
     errors = {keys: accuracy(keys, layers) for keys in HARD}
     for keys, found in errors.items():
         print(f"{keys:16}", found, flush=True)
@@ -145,8 +142,6 @@ def main(
     means = {n: round(statistics.geometric_mean(r), 3) for n, r in ratios.items() if n != "ours"}
     print("geometric mean of the speed-up over", means)
     origin = {**provenance(sglang, release), "rounds": rounds}
-    if with_flashinfer:
-        origin["versions"]["flashinfer"] = importlib.import_module("flashinfer").__version__
     found = {
         "provenance": origin,
         "errors": errors, "rows": rows, "geometric_mean_speedup": means,
@@ -162,11 +157,22 @@ def main(
     )
 
 
+def peers(sglang: str | None, with_flashinfer: bool) -> dict[str, Layer]:
+    """What ours is held against; ``sglang`` is a folder that holds the package."""
+    found: dict[str, Layer] = {}
+    if sglang:
+        sys.path.insert(0, sglang)
+        found["sglang"] = sglang_triton
+    if with_flashinfer:
+        found["flashinfer"] = flashinfer
+    return found
+
+
 def accuracy(keys: str, layers: dict[str, Layer]) -> dict[str, list[float]]:
-    """Relative Frobenius error of (output, final state) of each layer, 512 tokens."""
+    """Relative Frobenius error of (output, final state) of each layer."""
     found = {}
     for name, layer in layers.items():
-        x = build((300, 212), 2, 4, keys)
+        x = build(JUDGED, 2, 4, keys)
         o, state = naive_gated_delta_rule(
             x.q, x.k, x.v, x.g, x.beta, cu_seqlens=x.cu_seqlens, use_qk_l2norm=True
         )
@@ -183,7 +189,7 @@ def measure(
     x = build(lengths, hk, hv)
     errors = {n: _errors(x, layer) for n, layer in layers.items()}
     peak = {n: timing.peak_bytes(partial(layer, x)) for n, layer in layers.items()}
-    times = timing.measure({n: partial(_fresh, layer, x) for n, layer in layers.items()}, rounds)
+    times = timing.measure({n: partial(fresh, layer, x) for n, layer in layers.items()}, rounds)
     rows = [
         {
             "op": OP, "lengths": list(lengths), "hk": hk, "hv": hv, "dtype": "bfloat16", "impl": n,
@@ -214,7 +220,7 @@ def _errors(x: Call, layer: Layer) -> dict[str, float]:
     return {n: _error(a, b) for n, a, b in zip(("o", "state"), (o, state), truth, strict=True)}
 
 
-def _fresh(layer: Layer, x: Call) -> Callable[[], torch.Tensor]:
+def fresh(layer: Layer, x: Call) -> Callable[[], torch.Tensor]:
     """The call with metadata that no cache has seen, and a state that does not grow."""
     x.pool.zero_()
     return partial(layer, Call(**{**vars(x), "cu_seqlens": x.cu_seqlens.clone()}))

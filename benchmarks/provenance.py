@@ -24,7 +24,7 @@ def provenance(sglang: str | None, sglang_release: str | None) -> dict[str, Any]
     properties = torch.cuda.get_device_properties()
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "argv": ["python", "-m", "benchmarks", *sys.argv[1:]],
+        "argv": ["python", "-m", "benchmarks", *map(_without_folder, sys.argv[1:])],
         "commit": commit(),
         "gpu": properties.name,
         "gpu_sms": properties.multi_processor_count,
@@ -37,7 +37,8 @@ def provenance(sglang: str | None, sglang_release: str | None) -> dict[str, Any]
             "triton": triton.__version__,
             "sglang_trinv": sglang_trinv.__version__,
             "sglang": sglang_release,
-            "fla-core": _fla_version(),
+            "fla-core": _version_of("fla", "fla-core"),
+            "flashinfer": _version_of("flashinfer", "flashinfer-python"),
         },
         "sglang_sources_sha256": _hashes(sglang),
     }
@@ -68,13 +69,19 @@ def _driver() -> str:
     return (done.stdout.splitlines() or ["unknown"])[0].strip()
 
 
-def _fla_version() -> str | None:
-    if "fla" not in sys.modules:
+def _without_folder(argument: str) -> str:
+    """Where files lay on the machine that measured says nothing."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
+def _version_of(module: str, distribution: str) -> str | None:
+    """None if it took no part."""
+    if module not in sys.modules:
         return None
     try:
-        return importlib.metadata.version("fla-core")
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return getattr(sys.modules["fla"], "__version__", "unknown")
+        return getattr(sys.modules[module], "__version__", "unknown")
 
 
 def _hashes(sglang: str | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import prefill_report, serve_report
+from benchmarks import methods, prefill_report, serve_report
 from benchmarks.cases import Case
 
 Row = dict[str, Any]
@@ -124,6 +124,10 @@ def performance(results: Path) -> str:
         parts += [f"## Whole prefill: {found['provenance']['gpu']}", "", _origin(path, found), ""]
         parts += [prefill_report.NOTE, "", prefill_report.table(found), ""]
         parts += [prefill_report.summary(found), "", f"![Prefill](../{_shown(path)}.png)", ""]
+    for path in sorted(results.glob("methods-*.json")):
+        found = json.loads(path.read_text())
+        parts += [f"## Methods: {found['provenance']['gpu']}", "", methods.NOTE, ""]
+        parts += [methods.table(found), "", f"![Methods](../{_shown(path)}.png)", ""]
     for path in sorted(results.glob("serve-*.json")):
         found = json.loads(path.read_text())
         parts += [f"## Servers: {found['provenance']['gpu']}", "", serve_report.NOTE, ""]

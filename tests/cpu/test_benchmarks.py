@@ -13,7 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cases, implementations, intra, provenance, report, timing
+from benchmarks import (
+    cases,
+    implementations,
+    intra,
+    methods,
+    prefill,
+    prefill_report,
+    provenance,
+    report,
+    timing,
+)
 from benchmarks.cases import KDA, Case
 from sglang_trinv_cpu_platform import bfloat16
 
@@ -100,6 +110,65 @@ def test_a_wrong_result_is_shown_and_fails(
     wrong = {row["op"] for row in found["rows"] if row["accurate"] is False}
     assert wrong == {"kkt_solve"}
     assert "TOO INACCURATE" in capsys.readouterr().out
+
+
+@pytest.fixture
+def layer(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole layer in the interpreter; its peers answer as ours does, a little off."""
+
+    def off(x: prefill.Call) -> torch.Tensor:
+        return (prefill.ours(x).float() * (1 + 2**-8)).bfloat16()
+
+    peers = {"sglang": off, "flashinfer": off}
+    monkeypatch.setattr(prefill, "DEVICE", "cpu")
+    monkeypatch.setattr(prefill, "JUDGED", (70,))
+    monkeypatch.setattr(prefill, "HARD", ("near-equal keys",))
+    monkeypatch.setattr(prefill, "peers", lambda *_: peers)
+
+
+def test_the_whole_layer(
+    layer: None, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "benchmarks" / "results" / "prefill-none.json"
+    small = (((64,), 1, 2, None), ((3, 70), 1, 1, 2))
+    assert prefill.main(out, small, None, None, True, 4) == 0
+    found = json.loads(out.read_text())
+    shape = [(r["lengths"], r["hk"], r["hv"], r["impl"]) for r in found["rows"]]
+    assert shape == [
+        (list(lengths), hk, hv, impl)
+        for lengths, hk, hv, _ in small
+        for impl in ("ours", "sglang", "flashinfer")
+    ]
+    fields = {"op", "dtype", "median_us", "p20_us", "p80_us", "rel_err", "wall", "peak_bytes"}
+    assert all(fields <= r.keys() and 0 < r["rel_err"] < 0.02 for r in found["rows"])
+    assert set(found["geometric_mean_speedup"].values()) == {1.0}
+    monkeypatch.setattr(prefill_report.prefill, "wins", lambda *a: a[1] == "flashinfer")
+    table = report.performance(out.parent)
+    assert "| 1 x 64 | 1/2 | 2 [2, 3] |" in table
+    assert "Triton 2, ours 2" in table
+    assert "2 (missed) |" in table
+    assert "Faster than FlashInfer, in the geometric mean, 1.00 times" in table
+    assert "goal None" in capsys.readouterr().out
+
+
+def test_a_wrong_layer_fails(layer: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = prefill.ours
+    monkeypatch.setattr(prefill, "ours", lambda x: right(x) * 1.05)
+    monkeypatch.setattr(prefill, "peers", lambda *_: {"sglang": right, "flashinfer": right})
+    assert prefill.main(tmp_path / "a.json", (((64,), 1, 1, None),), None, None, True, 4) == 1
+
+
+def test_methods_side_by_side(layer: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "benchmarks" / "results" / "methods-none.json"
+    monkeypatch.setattr(methods, "LENGTHS", (64,))
+    monkeypatch.setattr(methods, "HK", 1)
+    monkeypatch.setattr(methods, "HV", 1)
+    monkeypatch.setattr(methods, "METHODS", {"auto": "", "mbh_fp16": "fp16"})
+    assert methods.main(out, None, None, True, 4) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [r["method"] or r["impl"] for r in rows] == ["mbh_fp16", "sglang", "flashinfer"]
+    assert all(0 < r["rel_err"] < 0.1 for r in rows)
+    assert "| mbh_fp16 | 2 [2, 3] |" in report.performance(out.parent)
 
 
 def test_least_bytes_and_titles() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import re
 import subprocess
@@ -37,7 +38,11 @@ def build(hook: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("build_sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+    """setuptools works in the source folder: so one process at a time."""
+    out = tmp_path_factory.mktemp("sdist")
+    with (ROOT / "pyproject.toml").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build("build_sdist", ROOT, out)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str
         for arm, size in (("stock", 1), ("stock", 2), ("full", 1), ("full", 2)):
             more = ours if arm == "full" else {}
             config = ServeConfig(
-                model=str(model), kernels="ours" if more else "stock", device="cuda", port=free_port(), extra=(*FLAGS, "--tp-size", str(size)),
+                model=str(model), kernels="ours" if more else "stock", device="cuda",
+                port=free_port(), extra=(*FLAGS, "--tp-size", str(size)),
             )  # fmt: skip
             server = Server(config, tmp_path_factory.mktemp(f"{arm}{size}"), {**environ, **more})
             stack.callback(server.stop)

@@ -138,7 +138,8 @@ def _check(
     kept, starts = pool["cache_indices"] >= 0, pool["query_start_loc"]
 
     def theirs(*_: Any) -> tuple[torch.Tensor, ...]:
-        slots = torch.arange(len(kept), dtype=torch.int32, device=kept.device).where(kept, -1)
+        # A slot for every sequence: SGLang's kernels take no negative one.
+        slots = torch.arange(len(kept), dtype=torch.int32, device=kept.device)
         own = {"ssm_states": before.clone(), "cache_indices": slots, "query_start_loc": starts}
         with dispatch.only_stock():
             result = kernel.chain(tensors, own)

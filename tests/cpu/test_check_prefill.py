@@ -38,6 +38,7 @@ class Chain:
     def extend(self, *tensors: Any, **pool: Any) -> tuple[Any, ...]:
         Chain.asked += 1
         assert dispatch._only_stock
+        assert (pool["cache_indices"] >= 0).all()
         return answer(*tensors, **pool), None, None
 
 

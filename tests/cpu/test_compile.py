@@ -18,6 +18,16 @@ for name in KERNELS:
 """
 
 
+# Bytes of stack a thread on sm_80 and sm_90; every other kernel but those of the x3 methods: none.
+SPILLED = {
+    "fwd_intra fp16": 96,
+    "kda_intra fused fp16": 144,  # with 16 columns at once none, and on the H200 a quarter slower
+    "kda_intra unfused fp16": 144,
+    "prefill state": 128,
+    "prefill transfer": 16,
+}
+
+
 @pytest.mark.parametrize("arch", ["80", "89", "90", "100", "120", "gfx942"])
 def test_compiles(arch: str) -> None:
     """In a process of its own: here the kernels are imported for Triton's interpreter."""
@@ -28,9 +38,9 @@ def test_compiles(arch: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 16
-    spilled = {r["kernel"]: r["stack_bytes"] for r in rows if r["arch"] in ("sm_80", "sm_90")}
-    # A little: with 16 columns at once none, and on the H200 a quarter slower (configs.KDA_INTRA).
-    assert all(n <= 144 for name, n in spilled.items() if name.startswith("kda") and "fp16" in name)
+    for row in rows:
+        if row["arch"] in ("sm_80", "sm_90") and "x3" not in row["kernel"]:
+            assert row["stack_bytes"] <= SPILLED.get(row["kernel"], 0), row
     for row in rows:
         assert row["binary_bytes"] > 0
         assert row["registers"] is None or row["registers"] <= 255

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -127,7 +126,7 @@ def _resources(out: Path) -> int:
 
     import triton
 
-    from benchmarks import report
+    from benchmarks import output, report
     from benchmarks.resources import ARCHITECTURES, KERNELS, compile_kernel
 
     names = [name for name in KERNELS for _ in ARCHITECTURES]
@@ -138,8 +137,7 @@ def _resources(out: Path) -> int:
             compiled = pool.map(compile_kernel, names, [*ARCHITECTURES] * len(KERNELS))
             rows = [resources.as_dict() for resources in compiled]
     found = {"triton": triton.__version__, "rows": rows}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    output.write(out, found)
     print(report.resources(found))
     return 0
 

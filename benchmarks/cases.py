@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,12 @@ from sglang_trinv.reference.chunk import chunk_local_cumsum
 
 K = V = 128
 BT = 64
+
+
+def spell(lengths: Sequence[int]) -> str:
+    """``16 x 2048`` or ``[24576, 8192]``."""
+    same = len(set(lengths)) == 1
+    return f"{len(lengths)} x {lengths[0]}" if same else str(list(lengths))
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,8 @@ class Case:
 
     @property
     def title(self) -> str:
-        n, first = len(self.lengths), self.lengths[0]
-        many = f"{n} x {first}" if set(self.lengths) == {first} else str(list(self.lengths))
-        return f"{many if n > 1 else first}, {self.hk}/{self.hv}"
+        many = len(self.lengths) > 1
+        return f"{spell(self.lengths) if many else self.lengths[0]}, {self.hk}/{self.hv}"
 
     def shortened(self, tokens: int) -> Case:
         """At most two sequences, each of at most ``tokens``: compiles to the same code."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import implementations, precompile, report, timing
+from benchmarks import implementations, output, precompile, report, timing
 from benchmarks.cases import CASES, Case, Inputs, build
 from benchmarks.provenance import provenance
 
@@ -52,8 +51,7 @@ def main(
         },
         "rows": rows,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    output.write(out, found)
     print(report.table(found))
     report.plot(found, out.with_suffix(".png"))
     return int(any(row["accurate"] is False for row in rows))
@@ -116,10 +114,10 @@ def compare(
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Relative Frobenius errors, and whether ours is as accurate as SGLang's (None: not judged)."""
     wanted = implementations.truth(case.op, x)
-    floor = {name: _error(t.to(x.k.dtype), t) for name, t in wanted.items()}
+    floor = {name: output.rel_err(t.to(x.k.dtype), t) for name, t in wanted.items()}
     errors = {
         key: {
-            name: _error(result, wanted[name])
+            name: output.rel_err(result, wanted[name])
             for name, result in implementations.lower(call(x, x.cu_seqlens, indices)).items()
         }
         for key, call in calls.items()
@@ -136,9 +134,3 @@ def compare(
             "accurate": accurate,
         }
     return found
-
-
-def _error(x: torch.Tensor, ref: torch.Tensor) -> float:
-    """NaN if x has a NaN: then nothing counts as accurate."""
-    norm = torch.linalg.vector_norm(x.double() - ref) / torch.linalg.vector_norm(ref)
-    return float(f"{norm.item():.4g}")

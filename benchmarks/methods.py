@@ -7,12 +7,11 @@ of output and final state over ``prefill.HARD``.
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import prefill, timing
+from benchmarks import output, prefill
 from benchmarks.provenance import provenance
 from sglang_trinv.ops.methods import METHODS
 
@@ -30,35 +29,25 @@ def main(
     ours = {name: partial(prefill.ours, method=name) for name in METHODS if name != "auto"}
     layers = {**ours, **prefill.peers(sglang, with_flashinfer)}
     errors = {keys: prefill.accuracy(keys, layers) for keys in prefill.HARD}
-    x = prefill.build(LENGTHS, HK, HV)
-    times = timing.measure({n: partial(prefill.fresh, f, x) for n, f in layers.items()}, rounds)
-    rows = []
-    for name in layers:
+    rows = prefill.measure(LENGTHS, HK, HV, None, layers, rounds)
+    for row in rows:
+        name = row["impl"]
         seen = {keys: max(found[name]) for keys, found in errors.items()}
-        row = {
-            "op": prefill.OP, "lengths": list(LENGTHS), "hk": HK, "hv": HV, "dtype": "bfloat16",
-            "impl": "ours" if name in ours else name, "method": name if name in ours else "",
-            **times[name]["device"], "wall": times[name]["wall"], "rel_err": max(seen.values()),
-            "rel_errs": seen,
-        }  # fmt: skip
+        row |= {"rel_err": max(seen.values()), "rel_errs": seen, "method": ""}
+        if name in ours:
+            row |= {"impl": "ours", "method": name}
         print(f"{name:14} {row['median_us']:8.1f} us, worst error {row['rel_err']:.2e}", flush=True)
-        rows.append(row)
-    origin = {**provenance(sglang, release), "rounds": rounds}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"provenance": origin, "rows": rows}
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    found = {"provenance": {**provenance(sglang, release), "rounds": rounds}, "rows": rows}
+    output.write(out, found)
     scatter(found, out.with_suffix(".png"))
     return 0
 
 
 def scatter(found: dict[str, Any], path: Path) -> None:
     """Write the plot: time against worst error."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path} not drawn: matplotlib is not installed")
+    figure = output.figure(path, 6, 4)
+    if figure is None:
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for row in found["rows"]:
         mine = row["impl"] == "ours"
@@ -71,8 +60,7 @@ def scatter(found: dict[str, Any], path: Path) -> None:
         title=f"Whole prefill, 8192 tokens, {HK}/{HV} heads, {found['provenance']['gpu']}",
     )  # fmt: skip
     axes.margins(0.2)
-    figure.savefig(path, dpi=120)
-    print(f"{path} drawn")
+    output.save(figure, path, 120)
 
 
 def table(found: dict[str, Any]) -> str:

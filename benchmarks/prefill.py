@@ -7,7 +7,6 @@ one process; q and k unnormalised, the state pool in place, lengths that nobody 
 from __future__ import annotations
 
 import importlib
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import prefill_report, timing
+from benchmarks import output, prefill_report, timing
 from benchmarks.provenance import provenance
 from sglang_trinv.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from sglang_trinv.reference.chunk import naive_chunk_forward
@@ -141,14 +140,12 @@ def main(
     ratios = {n: [prefill_report.ratio(call, "wall", n) for call in calls] for n in layers}
     means = {n: round(statistics.geometric_mean(r), 3) for n, r in ratios.items() if n != "ours"}
     print("geometric mean of the speed-up over", means)
-    origin = {**provenance(sglang, release), "rounds": rounds}
     found = {
-        "provenance": origin,
+        "provenance": {**provenance(sglang, release), "rounds": rounds},
         "errors": errors, "rows": rows, "geometric_mean_speedup": means,
         "copy_bytes_per_s": round(timing.copy_bandwidth()),
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    output.write(out, found)
     if set(prefill_report.PEERS) <= set(layers):
         prefill_report.plot(found, out.with_suffix(".png"))
     stock = {keys: e.get("sglang") for keys, e in errors.items()}
@@ -170,15 +167,11 @@ def peers(sglang: str | None, with_flashinfer: bool) -> dict[str, Layer]:
 
 def accuracy(keys: str, layers: dict[str, Layer]) -> dict[str, list[float]]:
     """Relative Frobenius error of (output, final state) of each layer."""
-    found = {}
-    for name, layer in layers.items():
-        x = build(JUDGED, 2, 4, keys)
-        o, state = naive_gated_delta_rule(
-            x.q, x.k, x.v, x.g, x.beta, cu_seqlens=x.cu_seqlens, use_qk_l2norm=True
-        )
-        got = (layer(x), x.pool)
-        found[name] = [_error(a, b) for a, b in zip(got, (o, state), strict=True)]
-    return found
+    x = build(JUDGED, 2, 4, keys)
+    truth = naive_gated_delta_rule(
+        x.q, x.k, x.v, x.g, x.beta, cu_seqlens=x.cu_seqlens, use_qk_l2norm=True
+    )
+    return {name: [*_errors(x, layer, truth).values()] for name, layer in layers.items()}
 
 
 def measure(
@@ -187,7 +180,11 @@ def measure(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each layer: correctness first, then memory and time."""
     x = build(lengths, hk, hv)
-    errors = {n: _errors(x, layer) for n, layer in layers.items()}
+    # Chunk by chunk in float64: token by token it takes seconds for long sequences.
+    q, k = l2norm(x.q.double()), l2norm(x.k.double())
+    truth = naive_chunk_forward(q, k, x.v, x.g.double(), x.beta, cu_seqlens=x.cu_seqlens)
+    errors = {n: _errors(x, layer, truth) for n, layer in layers.items()}
+    del q, k, truth
     peak = {n: timing.peak_bytes(partial(layer, x)) for n, layer in layers.items()}
     times = timing.measure({n: partial(fresh, layer, x) for n, layer in layers.items()}, rounds)
     rows = [
@@ -208,24 +205,14 @@ def measure(
     return rows
 
 
-def _errors(x: Call, layer: Layer) -> dict[str, float]:
-    """Relative Frobenius errors of the output and the final states, from states of zeros.
-
-    The truth in float64 chunk by chunk: token by token it takes seconds for long sequences.
-    """
+def _errors(x: Call, layer: Layer, truth: tuple[torch.Tensor, torch.Tensor]) -> dict[str, float]:
+    """Relative Frobenius errors of the output and the final states, from states of zeros."""
     x.pool.zero_()
-    o, state = layer(x), x.pool
-    q, k = l2norm(x.q.double()), l2norm(x.k.double())
-    truth = naive_chunk_forward(q, k, x.v, x.g.double(), x.beta, cu_seqlens=x.cu_seqlens)
-    return {n: _error(a, b) for n, a, b in zip(("o", "state"), (o, state), truth, strict=True)}
+    got = layer(x), x.pool
+    return {n: output.rel_err(a, b) for n, a, b in zip(("o", "state"), got, truth, strict=True)}
 
 
 def fresh(layer: Layer, x: Call) -> Callable[[], torch.Tensor]:
     """The call with metadata that no cache has seen, and a state that does not grow."""
     x.pool.zero_()
     return partial(layer, Call(**{**vars(x), "cu_seqlens": x.cu_seqlens.clone()}))
-
-
-def _error(x: torch.Tensor, ref: torch.Tensor) -> float:
-    norm = torch.linalg.vector_norm(x.double() - ref) / torch.linalg.vector_norm(ref)
-    return float(f"{norm.item():.4g}")

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import output
+from benchmarks.cases import spell
 from sglang_trinv import prefill
 
 Row = dict[str, Any]
@@ -22,9 +24,7 @@ held at once beyond the inputs. Floor: q, k, v, o once at the bandwidth of a cop
 
 
 def title(row: Row) -> str:
-    lengths = [*row["lengths"]]
-    same = len(set(lengths)) == 1
-    return f"{len(lengths)} x {lengths[0]}" if same else str(lengths)
+    return spell(row["lengths"])
 
 
 def calls(rows: list[Row]) -> list[Call]:
@@ -105,13 +105,10 @@ def summary(found: Row) -> str:
 
 def plot(found: Row, path: Path) -> None:
     """Write the time against the tokens of a call, one panel for each number of heads."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path} not drawn: matplotlib is not installed")
-        return
     heads = list(dict.fromkeys((row["hk"], row["hv"]) for row in found["rows"]))
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = output.figure(path, 10, 6)
+    if figure is None:
+        return
     panels = figure.subplots(2, -(-len(heads) // 2), squeeze=False).flat
     for axes, (hk, hv) in zip(panels, heads, strict=False):
         rows = [row for row in found["rows"] if (row["hk"], row["hv"]) == (hk, hv)]
@@ -127,5 +124,4 @@ def plot(found: Row, path: Path) -> None:
     panels[0].legend(fontsize=7)
     panels[0].set_ylabel("device time, us")
     figure.suptitle(f"Whole GDN prefill, {found['provenance']['gpu']}")
-    figure.savefig(path, dpi=120)
-    print(f"{path} drawn")
+    output.save(figure, path, 120)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import methods, prefill_report, serve_report
+from benchmarks import methods, output, prefill_report, serve_report
 from benchmarks.cases import Case
 
 Row = dict[str, Any]
@@ -76,12 +76,9 @@ def _stock(rows: list[Row], row: Row) -> Row | None:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Write the roofline: each implementation's cases under the bandwidth of a copy."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path} not drawn: matplotlib is not installed")
+    figure = output.figure(path, 8, 5)
+    if figure is None:
         return
-    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     bandwidth = found["provenance"]["copy_bytes_per_s"]
     intensity = [row["flops"] / row["least_bytes"] for row in found["rows"]]
@@ -103,8 +100,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         ylabel="TFLOP/s", title=f"Intra-chunk ops, {found['provenance']['gpu']}",
     )  # fmt: skip
     axes.legend()
-    figure.savefig(path, dpi=150)
-    print(f"{path} drawn")
+    output.save(figure, path, 150)
 
 
 def performance(results: Path) -> str:

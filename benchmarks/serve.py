@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import serve_models, serve_report
+from benchmarks import output, serve_models, serve_report
 from sglang_trinv import runs
 from sglang_trinv.serve import config as serve_config
 from sglang_trinv.serve import health
@@ -237,8 +237,7 @@ def main(plans: list[Plan], out: Path, minutes: float) -> int:
         found["rows"] += measured["rows"]
         found["absent"][plan.model] = measured["absent"]
         found["calls"][plan.model] = measured["calls"]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        output.write(out, found)
     print(serve_report.table(found))
     serve_report.plot(found, out.with_suffix(".png"))
     wrong = complaints(found["calls"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks import output
+
 Row = dict[str, Any]
 STOCK = ("triton", "flashinfer")
 # Time to first token at 8192 tokens, one request, against stock with Triton kernels: at most this.
@@ -74,14 +76,11 @@ def _missed(row: Row, value: float | None) -> str:
 
 def plot(found: dict[str, Any], path: Path) -> None:
     """Write time to first token over stock with Triton kernels, one request, by prompt length."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path} not drawn: matplotlib is not installed")
-        return
     rows = [r for r in found["rows"] if r["concurrency"] == 1 and "error" not in r]
     models = list(dict.fromkeys(r["model"] for r in rows))
-    figure = Figure(figsize=(4 * max(1, len(models)), 4), layout="constrained")
+    figure = output.figure(path, 4 * max(1, len(models)), 4)
+    if figure is None:
+        return
     for axes, model in zip(
         figure.subplots(1, max(1, len(models)), squeeze=False)[0], models, strict=False
     ):
@@ -95,5 +94,4 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.set(xscale="log", xlabel="prompt tokens", title=model)
         axes.set_ylabel("time to first token / stock with Triton")
         axes.legend()
-    figure.savefig(path, dpi=150)
-    print(f"{path} drawn")
+    output.save(figure, path, 150)

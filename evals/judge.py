@@ -21,7 +21,7 @@ from sglang_trinv.evals.plan import (
     Plan,
     arms_of,
     read_plan,
-)  # fmt: skip
+)
 from sglang_trinv.evals.probe import Probe
 from sglang_trinv.evals.samples import Document
 from sglang_trinv.evals.suites import SUITES, Suite

@@ -88,7 +88,7 @@ def fwd_intra(
         return _fall_back(choice.reason, call, stock, config)
 
     def run() -> Any:
-        if faults.inverse(config.fault):
+        if config.fault and faults.inverse(config.fault):
             result = faults.fwd_intra(config.fault, *call)
         else:
             result = ops.fwd_intra(*call, method=config.method, return_A=return_A)
@@ -158,7 +158,7 @@ def refuse(device: torch.device, config: Config) -> None:
     if device.type == "cuda" and capability_of(device.index) < LEAST_CAPABILITY:
         found = capability_of(device.index)
         raise UnsupportedCall(f"compute capability {found} is below {LEAST_CAPABILITY}")
-    if faults.inverse(config.fault):
+    if config.fault and faults.inverse(config.fault):
         raise UnsupportedCall(f"SGLANG_TRINV_FAULT={config.fault} is for fwd_intra")
 
 

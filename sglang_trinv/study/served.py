@@ -19,11 +19,12 @@ from sglang_trinv.ops.methods import AUTO, METHODS
 from sglang_trinv.reference import faults
 from sglang_trinv.reference.chunk import (
     CHUNK_SIZE,
+    chunk_A,
     chunk_local_cumsum,
     inverse,
-    naive_chunk_A,
 )
 from sglang_trinv.reference.inputs import Inputs
+from sglang_trinv.reference.layout import ChunkLayout
 
 STOCK = "FS16-tf32rz"  # SGLang's kernel
 Row = dict[str, Any]
@@ -78,9 +79,9 @@ def rows(report: Path, captured: list[tuple[str, Inputs]]) -> Iterator[Row]:
 
 
 def _chunks(x: Inputs) -> Tensor:
-    """A of every whole chunk and head, float32 [chunks * H, 64, 64]."""
-    A = naive_chunk_A(x.k, chunk_local_cumsum(x.g), x.beta)[0]
-    return A.unflatten(0, (-1, CHUNK_SIZE)).transpose(1, 2).flatten(0, 1).float()
+    """A of every chunk and head, float32 [chunks * H, 64, 64]."""
+    layout = ChunkLayout.of(*x.k.shape[:2], None, CHUNK_SIZE, x.k.device)
+    return chunk_A(layout, x.k, chunk_local_cumsum(x.g), x.beta).flatten(0, 1).float()
 
 
 def _arm(comparison: Row) -> str:

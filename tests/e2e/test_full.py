@@ -34,11 +34,11 @@ def test_it_is_installed_and_answers_every_prefill(full: Server) -> None:
     assert status["on_hot_path"]
     assert all(hook["live"] for hook in status["hooks"])
     assert 0 < status["self_check_full"]["worst_ratio"] <= 1
-    before, intra = calls(client), status["calls"]["fwd_intra"]
+    before = calls(client)
     client.generate(prompt(CHUNK + 1, seed=1))
     assert calls(client) - before == 2 * LAYERS
     (status,) = client.schedulers()
-    assert status["calls"]["fwd_intra"] == intra  # no check of SGLang's chain is counted
+    assert not any(status["calls"]["fwd_intra"].values())  # also not by checks of SGLang's chain
 
 
 def test_the_first_calls_agree_with_sglangs_chain(full: Server) -> None:

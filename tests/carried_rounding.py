@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton decorates the first kernel
 
 import torch
 import triton
+import triton.language as tl
 
 from benchmarks import output, provenance
 from sglang_trinv.kernels import prefill_prepare
@@ -33,7 +34,7 @@ TOKENS = 320
 
 
 @triton.jit
-def nearest(b_E, dtype, IO):
+def nearest(b_E, dtype: tl.constexpr, IO: tl.constexpr):
     """In the place of ``carry_rounding``: each entry is rounded by itself."""
     return b_E
 

@@ -31,7 +31,7 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
 
 # H200, us, T = 8192, Hg/H 16/32: one value head a program 105.0, two 119.7; columns by 64 in two
 # stages 105.0, in one 106.9, by 32 in three 106.8.
-FWD_INTRA = LaunchConfig(group=1, stages=2)
+FWD_INTRA = LaunchConfig(group=1, stages=3)
 # H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;
 # 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), where
 # 64 and 64 with two warps take 78.5. One cut for all: another one sums in another order, and a
@@ -52,15 +52,22 @@ class PrefillConfig:
     warps: int = 8  # of a program ("triton")
     stages: int = 2  # chunks in flight
     maxnreg: int | None = None
+    own_scores: bool = False  # computed in the state pass ("sm90")
+    chunks_regs: int = 240  # of the second warpgroup that goes through the chunks ("sm90")
+    scores_regs: int = 104  # of the one that computes scores ("sm90")
     segments: int = 1  # a sequence, worked on at once
 
 
 SMS = 132  # of H100 and H200
-# H200, us, state pass. Up to one program of 64 rows an SM: 8192 at 16/32 136 (128 rows 212), at
-# 16/64 154 (216). Beyond, 128 rows, which share q, k, P and Ai: 16 x 2048 at 16/32 300 (64 rows
-# 345, two stages 334), and before the last change 8 x 1024 at 16/64 164 (192, 181).
+# H200, us, state pass. Up to one program of 64 rows an SM: 8192 at 16/32 140 (128 rows 212), at
+# 16/64 158 (216). Up to one of 128 rows, which share q, k, P and Ai, an SM, if lengths are alike.
+# Beyond, memory limits and the pass computes its scores: 16 x 2048 at 16/32 363 with 141 before it
+# (304 and 255 with scores_kernel; 422 and 141 with 64 rows). So do segments: 32768 at 16/16 374 and
+# 97 (340 and 203); one sequence does not: 8192 at 16/32 189 and 39 (140 and 76).
 ALONE = PrefillConfig(state="sm90", block_v=64, stages=3)
+SEGMENTED = replace(ALONE, maxnreg=128, own_scores=True)
 WIDE = PrefillConfig(state="sm90", block_v=128, stages=3, maxnreg=168)
+CROWDED = replace(WIDE, maxnreg=128, own_scores=True, chunks_regs=216, scores_regs=56)
 
 
 @functools.cache
@@ -75,10 +82,11 @@ def prefill_config(
     """
     chosen = PrefillConfig()
     if capability == (9, 0):
-        chosen = ALONE if groups <= SMS else WIDE
-    if not split or groups > SMS // 3:
+        chosen = ALONE if groups <= SMS else WIDE if groups <= 2 * SMS else CROWDED
+    segments = prefill_segments(groups, chunks, transfer_ratio) if split else 1
+    if segments == 1:
         return chosen
-    return replace(chosen, segments=prefill_segments(groups, chunks, transfer_ratio))
+    return replace(SEGMENTED if chosen.state == "sm90" else chosen, segments=segments)
 
 
 # Per chunk and program 1.09 us in the state pass (H200, 8192 at 16/32, one program an SM); the rest
@@ -89,6 +97,8 @@ STATE_US, TRANSFER_US, COMBINE_US, LAUNCHES_US = 1.09, 0.8, 2.0, 10.0
 
 def prefill_segments(groups: int, chunks: int, transfer_ratio: int) -> int:
     """The number of segments with the least estimated time."""
+    if groups > SMS // 3:
+        return 1
 
     def cost(n: int) -> float:
         size = -(-chunks // n)

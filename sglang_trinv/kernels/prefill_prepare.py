@@ -98,7 +98,7 @@ def carry_rounding(b_E, dtype: tl.constexpr, IO: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["cu_seqlens"])
 def inverse_kernel(
-    k, g, beta, blocks, factors, cu_seqlens, T, N, s_k,
+    k, g, beta, inverses, factors, cu_seqlens, T, N, s_k,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr,
     BN: tl.constexpr, DOT: tl.constexpr, IO: tl.constexpr, VARLEN: tl.constexpr,
     NORM: tl.constexpr,
@@ -107,10 +107,10 @@ def inverse_kernel(
 
     k is normalised here (r = 1 / |k|), g is summed here. One program, one warp: one chunk of 64
     tokens and GROUP value heads of one key head. Layouts: k [T, Hg, K] with row stride s_k, g and
-    beta [T, H], blocks [slots, H, 2, 64, 64]: Ai is the first, factors float32 [slots, H, 6, 64]:
-    beta_j exp(g_j) r_j, beta_j, exp(g_last - g_j) r_j, one left free, log2(e) times the summed g,
-    r_j. Past the end Ai is the identity, factors are zero and g repeats its last value. Nothing is
-    written for unused slots.
+    beta [T, H], inverses [slots, H, 64, 64]: Ai, factors float32 [slots, H, 6, 64]: beta_j exp(g_j)
+    r_j, beta_j, exp(g_last - g_j) r_j, one left free, log2(e) times the summed g, r_j. Past the end
+    Ai is the identity, factors are zero and g repeats its last value. Nothing is written for unused
+    slots.
     """
     i_s = tl.program_id(0)
     row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
@@ -156,13 +156,13 @@ def inverse_kernel(
             below_block(G30, b_b3, b_g0, g_3), below_block(G31, b_b3, b_g1, g_3),
             below_block(G32, b_b3, b_g2, g_3), DOT,
         )  # fmt: skip
-        e = blocks.dtype.element_ty
+        e = inverses.dtype.element_ty
         E00, E11 = carry_rounding(E00, e, IO), carry_rounding(E11, e, IO)
         E22, E33 = carry_rounding(E22, e, IO), carry_rounding(E33, e, IO)
         E00, E11, E22, E33 = (
             add_identity(E00), add_identity(E11), add_identity(E22), add_identity(E33)
         )  # fmt: skip
-        p_A = blocks + tile * 8192
+        p_A = inverses + tile * 4096
         b_0 = tl.zeros([16, 16], tl.float32)
         store_block_row(p_A, 64, o_t, 64, 4, E00, b_0, b_0, b_0)
         store_block_row(p_A, 64, o_t + 16, 64, 4, X10, E11, b_0, b_0)
@@ -172,15 +172,15 @@ def inverse_kernel(
 
 @triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["cu_seqlens"])
 def scores_kernel(
-    q, k, blocks, factors, cu_seqlens, scale, T, N, s_q, s_k,
+    q, k, scores, factors, cu_seqlens, scale, T, N, s_q, s_k,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
     IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """P_ij = scale exp(g_i - g_j) r_i q_i.k_j r_j for i >= j, else 0, and the queries' factors.
 
     q is normalised here. One program: one chunk and GROUP value heads of one key head. Layouts as
-    in inverse_kernel, which wrote the keys' factors before; P is the second of blocks, scale
-    exp(g_i) r_i of the queries the factor that was left free.
+    in inverse_kernel, which wrote the keys' factors before, and scores [slots, H, 64, 64]: P; scale
+    exp(g_i) r_i of the queries is the factor that was left free.
     """
     i_s = tl.program_id(0)
     row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
@@ -194,11 +194,11 @@ def scores_kernel(
     p_f = factors + (i_s.to(tl.int64) * H + i_h0) * 384 + o_t
     b_G = tl.dot(b_q.to(IO), tl.trans(b_k.to(IO))) * tl.load(p_f + 320)[None, :]
     b_G = tl.where(o_t[:, None] >= o_t[None, :], b_G, 0.0) * b_rq[:, None]
-    p_P = blocks + (i_s.to(tl.int64) * H + i_h0) * 8192 + 4096 + o_t[:, None] * 64 + o_t[None, :]
+    p_P = scores + (i_s.to(tl.int64) * H + i_h0) * 4096 + o_t[:, None] * 64 + o_t[None, :]
     for _ in range(GROUP):
         b_g = tl.load(p_f + 256)
         tl.store(p_f + 192, b_rq * tl.exp2(b_g))
         b_P = b_G * tl.exp2(tl.minimum(b_g[:, None] - b_g[None, :], 0.0))
-        tl.store(p_P, b_P.to(blocks.dtype.element_ty))
+        tl.store(p_P, b_P.to(scores.dtype.element_ty))
         p_f += 384
-        p_P += 8192
+        p_P += 4096

@@ -12,7 +12,7 @@ from sglang_trinv.kernels.prefill_state import locate_sequence, segment
 
 @triton.jit(do_not_specialize=["T", "G"], do_not_specialize_on_alignment=["cu_seqlens"])
 def transfer_kernel(
-    k, v, blocks, factors, ends, cu_seqlens, T, G, s_k, s_v,
+    k, v, inverses, factors, ends, cu_seqlens, T, G, s_k, s_v,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     IO: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
@@ -35,14 +35,14 @@ def transfer_kernel(
     tile = one * slot * H + i_h
     p_k = k + one * bos * s_k + i_h // (H // Hg) * K + o_t[:, None] * s_k + o_k[None, :]
     p_v = v + one * bos * s_v + i_h * V + o_t[:, None] * s_v + o_v[None, :]
-    p_A = blocks + tile * 8192 + o_t[:, None] * 64 + o_t[None, :]
+    p_A = inverses + tile * 4096 + o_t[:, None] * 64 + o_t[None, :]
     p_f = factors + tile * 384
     for i_t in tl.range(i_t0, i_t1, num_stages=STAGES):
         i_r = one * (i_t * 64)
         i_c = one * (i_t * H)
         b_k = tl.load(p_k + i_r * s_k).to(IO)
         b_v = tl.load(p_v + i_r * s_v, mask=(o_v < V)[None, :], other=0.0)
-        b_A = tl.load(p_A + i_c * 8192).to(IO)
+        b_A = tl.load(p_A + i_c * 4096).to(IO)
         b_a = tl.load(p_f + i_c * 384 + o_t)
         b_b = tl.load(p_f + i_c * 384 + 64 + o_t)
         b_e = tl.load(p_f + i_c * 384 + 128 + o_t)

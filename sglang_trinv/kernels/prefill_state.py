@@ -43,8 +43,8 @@ def segment(i_s, n_tokens, G):
     do_not_specialize_on_alignment=["cu_seqlens", "state_indices", "track_chunks"],
 )
 def state_kernel(
-    q, k, v, blocks, factors, o, h, state, state_indices, starts, track, track_chunks, cu_seqlens,
-    T, G, s_q, s_k, s_v, s_state,
+    q, k, v, inverses, scores, factors, o, h, state, state_indices, starts, track, track_chunks,
+    cu_seqlens, T, G, s_q, s_k, s_v, s_state,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     BN: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr, VARLEN: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_INDICES: tl.constexpr, HAS_STARTS: tl.constexpr,
@@ -91,7 +91,7 @@ def state_kernel(
     p_q = q + one * bos * s_q + i_k * K
     p_v = v + one * bos * s_v + i_h * V
     p_o = o + one * bos * (H * V) + i_h * V
-    p_A, p_f = blocks + tile * 8192, factors + tile * 384
+    p_A, p_P, p_f = inverses + tile * 4096, scores + tile * 4096, factors + tile * 384
     i_track = -1
     if TRACK:
         i_track = tl.load(track_chunks + i_n).to(tl.int32)
@@ -107,8 +107,8 @@ def state_kernel(
         b_k = tl.load(p_k + i_r * s_k + o_kk, mask=m_t, other=0.0).to(IO)
         b_q = tl.load(p_q + i_r * s_q + o_qk, mask=m_t, other=0.0).to(IO)
         b_v = tl.load(p_v + i_r * s_v + o_tv, mask=m_t, other=0.0)
-        b_A = tl.load(p_A + i_c * 8192 + o_tt).to(IO)
-        b_P = tl.load(p_A + i_c * 8192 + 4096 + o_tt).to(IO)
+        b_A = tl.load(p_A + i_c * 4096 + o_tt).to(IO)
+        b_P = tl.load(p_P + i_c * 4096 + o_tt).to(IO)
         b_a = tl.load(p_f + i_c * 384 + o_t)
         b_b = tl.load(p_f + i_c * 384 + 64 + o_t)
         b_e = tl.load(p_f + i_c * 384 + 128 + o_t)

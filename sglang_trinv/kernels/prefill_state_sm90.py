@@ -1,4 +1,8 @@
-"""The state pass for Hopper, in Gluon: TMA, asynchronous wgmma, operands kept in registers."""
+"""The state pass for Hopper, in Gluon: TMA, asynchronous wgmma, operands kept in registers.
+
+With OWN_SCORES one more warpgroup computes the scores, which then never are in global memory. It
+delays the others: where memory is not what limits, scores_kernel before is faster.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sglang_trinv.kernels.prefill_prepare import L2NORM_EPS
 from sglang_trinv.kernels.prefill_tiles_sm90 import (
     barrier,
     chunk_factors,
@@ -20,6 +25,7 @@ from sglang_trinv.kernels.prefill_tiles_sm90 import (
     locate,
     scale_values,
     segment_chunks,
+    square_sum,
     stage_barriers,
 )
 
@@ -29,13 +35,12 @@ PAST_END = gl.constexpr(1 << 30)
 
 @gluon.jit
 def load_tiles(
-    q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free,
-    row, tile, NT, c_k, c_v, H: gl.constexpr, STAGES: gl.constexpr,
-    HALVES: gl.constexpr,
+    q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free,
+    row, tile, NT, c_k, c_v, H: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
+    OWN_SCORES: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy chunk after chunk into shared memory, as far ahead as there is room."""
-    size: gl.constexpr = (4 + HALVES) * q.block_type.nbytes + factors.block_type.nbytes
-    size_P: gl.constexpr = 2 * blocks.block_type.nbytes
+    size: gl.constexpr = (5 + HALVES) * q.block_type.nbytes + factors.block_type.nbytes
     for i_t in range(NT):
         e = i_t % STAGES
         bar = full.index(e)
@@ -47,12 +52,54 @@ def load_tiles(
             tma.async_copy_global_to_shared(v, [row, c_v + i * 64], bar, s_v.index(e * HALVES + i))
         for i in gl.static_range(2):
             tma.async_copy_global_to_shared(q, [row, c_k + i * 64], bar, s_q.index(e * 2 + i))
-        bar = full_P.index(e)
-        mbarrier.expect(bar, size_P)
-        tma.async_copy_global_to_shared(blocks, [tile * 128, 0], bar, s_A.index(e))
-        tma.async_copy_global_to_shared(blocks, [tile * 128 + 64, 0], bar, s_P.index(e))
+        tma.async_copy_global_to_shared(inverses, [tile * 64, 0], bar, s_A.index(e))
+        if not OWN_SCORES:
+            mbarrier.expect(full_P.index(e), scores.block_type.nbytes)
+            tma.async_copy_global_to_shared(scores, [tile * 64, 0], full_P.index(e), s_P.index(e))
         row += 64
         tile += H
+
+
+@gluon.jit
+def score_chunks(
+    s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES: gl.constexpr,
+    NORM: gl.constexpr, N: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: P of chunk after chunk and the queries' factors (see scores_kernel).
+
+    Rows past the end of the sequence may hold anything: nobody stores what is made of them.
+    """
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    i: gl.constexpr = gl.SliceLayout(1, mma)
+    j: gl.constexpr = gl.SliceLayout(0, mma)
+    o_i, o_j = gl.arange(0, 64, i), gl.expand_dims(gl.arange(0, N, j), 0)
+    zeros = gl.zeros([64, N], gl.float32, mma)
+    for i_t in range(NT):
+        e = i_t % STAGES
+        s_q0, s_q1, f = s_q.index(e * 2), s_q.index(e * 2 + 1), chunk_factors(s_f.index(e))
+        mbarrier.wait(full.index(e), (i_t // STAGES) & 1)
+        b_r = gl.full([64], 1.0, gl.float32, i)
+        if NORM:
+            b_r = gl.rsqrt(square_sum(s_q0, mma) + square_sum(s_q1, mma) + L2NORM_EPS)
+        b_r *= scale
+        b_g = f.slice(256, 64).load(i)
+        f.slice(192, 64).store(b_r * gl.exp2(b_g))
+        n = n_tokens - i_t * 64
+        for c in gl.static_range(0, 64, N):
+            s_kc = s_k.index(e).slice(c, N, 0)
+            s_k0, s_k1 = s_kc.slice(0, 64, 1), s_kc.slice(64, 64, 1)
+            b_G = warpgroup_mma(s_q0, s_k0.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            b_G = warpgroup_mma(s_q1, s_k1.permute((1, 0)), b_G, is_async=True)
+            g_c = gl.expand_dims(f.slice(256 + c, N).load(j), 0)
+            r_c = gl.expand_dims(f.slice(320 + c, N).load(j), 0)
+            b_d = gl.exp2(gl.minimum(gl.expand_dims(b_g, 1) - g_c, 0.0))
+            kept = (gl.expand_dims(o_i, 1) >= o_j + c) & (o_j + c < n)
+            b_G = warpgroup_mma_wait(0, [b_G])
+            b_P = gl.where(kept, b_G * (r_c * gl.expand_dims(b_r, 1)) * b_d, 0.0)
+            s_P.index(e).slice(c, N, 1).store(b_P.to(s_P.dtype))
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(full_P.index(e))
 
 
 @gluon.jit
@@ -184,20 +231,21 @@ def run_chunks(
     do_not_specialize_on_alignment=["cu_seqlens", "state_indices", "track_chunks"],
 )
 def state_kernel_sm90(
-    q, k, v, blocks, factors, o_desc, o, h, state, state_indices, starts, track,
-    track_chunks, cu_seqlens, T, G, s_state,
+    q, k, v, inverses, scores, factors, o_desc, o, h, state, state_indices, starts, track,
+    track_chunks, cu_seqlens, scale, T, G, s_state,
     H: gl.constexpr, Hg: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HALVES: gl.constexpr,
     STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_STATE: gl.constexpr,
     HAS_INDICES: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
-    STORE_H: gl.constexpr, TRACK: gl.constexpr,
+    STORE_H: gl.constexpr, TRACK: gl.constexpr, NORM: gl.constexpr, OWN_SCORES: gl.constexpr,
+    CHUNKS_REGS: gl.constexpr, SCORES_REGS: gl.constexpr,
 ):  # fmt: skip
     """As prefill_state.state_kernel: the same arithmetic, other instructions.
 
     One program: 64 HALVES rows of the state of one value head through one segment of a sequence; a
-    warpgroup for each 64 and one warp that copies. Tensor descriptors (bfloat16 or float16 unless
-    said) in tiles of [64, 64]: q and k [T, Hg K], v and o_desc [T, H V], blocks [slots H 128, 64];
-    in tiles of [8, 64]: factors, float32 [slots H 6, 64].
-    STAGES is the number of copies in flight.
+    warpgroup for each 64, one for the scores with OWN_SCORES, and one warp that copies. Tensor
+    descriptors (bfloat16 or float16 unless said) in tiles of [64, 64]: q and k [T, Hg K], v and
+    o_desc [T, H V], inverses and scores [slots H 64, 64]; in tiles of [8, 64]: factors, float32
+    [slots H 6, 64]. STAGES is the number of copies in flight.
     """
     dtype: gl.constexpr = k.dtype
     i_v, i_h, i_ns = gl.program_id(0), gl.program_id(1), gl.program_id(2)
@@ -221,10 +269,10 @@ def state_kernel_sm90(
 
     s_k = gl.allocate_shared_memory(dtype, [STAGES, 64, 128], k.layout)
     s_v = gl.allocate_shared_memory(dtype, [STAGES * HALVES, 64, 64], v.layout)
-    s_A = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], blocks.layout)
+    s_A = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], inverses.layout)
     s_f = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 64], factors.layout)
     s_q = gl.allocate_shared_memory(dtype, [STAGES * 2, 64, 64], q.layout)
-    s_P = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], blocks.layout)
+    s_P = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], inverses.layout)
     s_o = gl.allocate_shared_memory(dtype, [HALVES, 64, 64], o_desc.layout)
     full, full_P = stage_barriers(STAGES, 1), stage_barriers(STAGES, 1)
     free = stage_barriers(STAGES, HALVES)
@@ -236,7 +284,7 @@ def state_kernel_sm90(
     tile = (slot + i_t0) * H + i_h
     c_k = i_h // (H // Hg) * K
     c_v = i_h * V + i_v * (HALVES * 64)
-    if HALVES == 1:
+    if HALVES == 2 and OWN_SCORES:
         gl.warp_specialize([
             (run_chunks, (
                 o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
@@ -244,12 +292,21 @@ def state_kernel_sm90(
                 i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
                 TRACK, 0,
             )),
-            (load_tiles, (
-                q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free, row,
-                tile, NT, c_k, c_v, H, STAGES, HALVES,
+            (run_chunks, (
+                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
+                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
+                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
+                TRACK, 1,
             )),
-        ], [1], [24])  # fmt: skip
-    else:
+            (score_chunks, (
+                s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES, NORM, 32,
+            )),
+            (load_tiles, (
+                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
+                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
+            )),
+        ], [4, 4, 1], [CHUNKS_REGS, SCORES_REGS, 24])  # fmt: skip
+    elif HALVES == 2:
         gl.warp_specialize([
             (run_chunks, (
                 o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
@@ -264,7 +321,36 @@ def state_kernel_sm90(
                 TRACK, 1,
             )),
             (load_tiles, (
-                q, k, v, blocks, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free, row,
-                tile, NT, c_k, c_v, H, STAGES, HALVES,
+                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
+                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
             )),
-        ], [4, 1], [240, 24])  # fmt: skip
+        ], [4, 1], [CHUNKS_REGS, 24])  # fmt: skip
+    elif OWN_SCORES:
+        gl.warp_specialize([
+            (run_chunks, (
+                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
+                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
+                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
+                TRACK, 0,
+            )),
+            (score_chunks, (
+                s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES, NORM, 64,
+            )),
+            (load_tiles, (
+                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
+                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
+            )),
+        ], [4, 1], [SCORES_REGS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (run_chunks, (
+                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
+                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
+                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
+                TRACK, 0,
+            )),
+            (load_tiles, (
+                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
+                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
+            )),
+        ], [1], [24])  # fmt: skip

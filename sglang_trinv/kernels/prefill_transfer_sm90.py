@@ -23,12 +23,12 @@ from sglang_trinv.kernels.prefill_tiles_sm90 import (
 
 @gluon.jit
 def load_segment(
-    k, v, blocks, factors, s_k, s_v, s_A, s_f, full, free, row, tile, NT, c_k, c_v,
+    k, v, inverses, factors, s_k, s_v, s_A, s_f, full, free, row, tile, NT, c_k, c_v,
     H: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy chunk after chunk into shared memory, as far ahead as there is room."""
     size: gl.constexpr = (
-        k.block_type.nbytes + v.block_type.nbytes + blocks.block_type.nbytes
+        k.block_type.nbytes + v.block_type.nbytes + inverses.block_type.nbytes
         + factors.block_type.nbytes
     )  # fmt: skip
     for i_t in range(NT):
@@ -39,7 +39,7 @@ def load_segment(
         tma.async_copy_global_to_shared(k, [row, c_k], bar, s_k.index(e))
         tma.async_copy_global_to_shared(factors, [tile * 6, 0], bar, s_f.index(e))
         tma.async_copy_global_to_shared(v, [row, c_v], bar, s_v.index(e))
-        tma.async_copy_global_to_shared(blocks, [tile * 128, 0], bar, s_A.index(e))
+        tma.async_copy_global_to_shared(inverses, [tile * 64, 0], bar, s_A.index(e))
         row += 64
         tile += H
 
@@ -88,7 +88,7 @@ def run_segment(
 
 @gluon.jit(do_not_specialize=["T", "G"], do_not_specialize_on_alignment=["cu_seqlens"])
 def transfer_kernel_sm90(
-    k, v, blocks, factors, ends, cu_seqlens, T, G,
+    k, v, inverses, factors, ends, cu_seqlens, T, G,
     H: gl.constexpr, Hg: gl.constexpr, K: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr,
     VARLEN: gl.constexpr,
 ):  # fmt: skip
@@ -105,7 +105,7 @@ def transfer_kernel_sm90(
         return
     s_k = gl.allocate_shared_memory(dtype, [STAGES, 64, K], k.layout)
     s_v = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], v.layout)
-    s_A = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], blocks.layout)
+    s_A = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], inverses.layout)
     s_f = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 64], factors.layout)
     full, free = stage_barriers(STAGES, 1), stage_barriers(STAGES, 1)
     fence_async_shared()
@@ -119,7 +119,7 @@ def transfer_kernel_sm90(
             ends, s_k, s_v, s_A, s_f, full, free, NT, i_ns, i_h, i_v, H, K, V, STAGES,
         )),
         (load_segment, (
-            k, v, blocks, factors, s_k, s_v, s_A, s_f, full, free, row, tile, NT, c_k, c_v, H,
+            k, v, inverses, factors, s_k, s_v, s_A, s_f, full, free, row, tile, NT, c_k, c_v, H,
             STAGES,
         )),
     ], [1], [24])  # fmt: skip

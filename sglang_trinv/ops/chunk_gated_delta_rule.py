@@ -18,9 +18,10 @@ INTS = (torch.int32, torch.int64)
 
 
 class Workspace(NamedTuple):
-    """What the first pass leaves for the second; 280 bytes a token and value head."""
+    """What is kept for the state pass: 152 bytes a token and value head, with scores 280."""
 
-    blocks: torch.Tensor  # like k, [slots, H, 2, 64, 64]: Ai and P
+    inverses: torch.Tensor  # like k, [slots, H, 64, 64]: Ai
+    scores: torch.Tensor | None  # likewise: P, where the state pass does not compute it
     factors: torch.Tensor  # float32, [slots, H, 6, 64]: see kernels.prefill_prepare
 
 
@@ -85,8 +86,9 @@ def chunk_gated_delta_rule(
     Raises:
         UnsupportedCall: shape, dtype, device, head_first or method outside the above.
 
-    Three launches, five with segments; no host synchronisation, graph-capturable. Workspace:
-    ``Workspace`` and, with segments, K (2 V + K) float32 each for every segment and value head.
+    Two launches, one more for scores and two more with segments; no host synchronisation,
+    graph-capturable. Workspace: ``Workspace`` and, with segments, K (2 V + K) float32 each for
+    every segment and value head.
     """
     if not _plain(q, k, v, g, beta, cu_seqlens, head_first):
         _explain(q, k, v, g, beta, cu_seqlens, head_first)
@@ -105,12 +107,14 @@ def chunk_gated_delta_rule(
         return o, None, h
     config = config or _config(q, k, v, N, batch_invariant)
     space = Workspace(
-        k.new_empty(slots, H, 2, 64, 64), k.new_empty(slots, H, 6, 64, dtype=torch.float32)
+        k.new_empty(slots, H, 64, 64),
+        None if config.own_scores else k.new_empty(slots, H, 64, 64),
+        k.new_empty(slots, H, 6, 64, dtype=torch.float32),
     )
     norm = use_qk_l2norm_in_kernel
     scale = k.shape[3] ** -0.5 if scale is None else scale
     prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm)
-    run_state(q, k, v, space, o, h, pool, cu_seqlens, T, N, config)
+    run_state(q, k, v, space, o, h, pool, cu_seqlens, scale, T, N, norm, config)
     return o, None, h
 
 
@@ -218,14 +222,16 @@ def prepare(q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, 
     group = kkt_solve_config(H // Hg, slots, Hg).group
     launch(
         inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
-        (k, g, beta, space.blocks, space.factors, cu_seqlens, T, N, s_k,
+        (k, g, beta, space.inverses, space.factors, cu_seqlens, T, N, s_k,
          H, Hg, K, group, K, 64, DOT, io, varlen, norm),
         num_warps=1, num_stages=1,
     )  # fmt: skip
+    if space.scores is None:
+        return
     group = H // Hg
     launch(
         scores_kernel, key, (slots, Hg, 1),
-        (q, k, space.blocks, space.factors, cu_seqlens, scale, T, N, s_q, s_k,
+        (q, k, space.scores, space.factors, cu_seqlens, scale, T, N, s_q, s_k,
          H, Hg, K, group, 64, io, varlen, norm),
         num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -15,7 +15,9 @@ from sglang_trinv.ops.methods import interpreted
 BV_COMBINE = 16  # rows of the state a program: many small programs, as its steps are few
 
 
-def run_state(q, k, v, space, o, h, pool, cu_seqlens, T: int, N: int, config: PrefillConfig):
+def run_state(
+    q, k, v, space, o, h, pool, cu_seqlens, scale, T: int, N: int, norm, config: PrefillConfig
+) -> None:  # fmt: skip
     """Write o, h and the states, from what ``chunk_gated_delta_rule.prepare`` left in ``space``."""
     H, V, K = v.shape[2], v.shape[3], k.shape[3]
     starts = None
@@ -25,7 +27,9 @@ def run_state(q, k, v, space, o, h, pool, cu_seqlens, T: int, N: int, config: Pr
     if config.state == "sm90":
         from sglang_trinv.ops.prefill_sm90 import run_state_sm90
 
-        run_state_sm90(q, k, v, space, o, h, starts, pool, cu_seqlens, T, N, config)
+        run_state_sm90(
+            q, k, v, space, o, h, starts, pool, cu_seqlens, scale, T, N, norm, config
+        )  # fmt: skip
         return
     flags = pass_flags(h, starts, pool)
     varlen, io = cu_seqlens is not None, io_dtype(k)
@@ -33,9 +37,9 @@ def run_state(q, k, v, space, o, h, pool, cu_seqlens, T: int, N: int, config: Pr
     key = (*call_key(q, k, v, pool, cu_seqlens), flags, config)
     launch(
         state_kernel, key, (V // config.block_v, H, N * config.segments),
-        (q, k, v, space.blocks, space.factors, o, h, pool.state, pool.indices, starts, pool.track,
-         pool.track_chunks, cu_seqlens, T, config.segments, s_q, s_k, s_v, s_state,
-         H, k.shape[2], K, V, config.block_v, 64, io, config.stages, varlen, *flags),
+        (q, k, v, space.inverses, space.scores, space.factors, o, h, pool.state, pool.indices,
+         starts, pool.track, pool.track_chunks, cu_seqlens, T, config.segments, s_q, s_k, s_v,
+         s_state, H, k.shape[2], K, V, config.block_v, 64, io, config.stages, varlen, *flags),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -53,7 +57,7 @@ def run_segments(k, v, space, starts, pool, cu_seqlens, T: int, N: int, config) 
     else:
         launch(
             transfer_kernel, key, ((V + K) // 64, H, N * (G - 1)),
-            (k, v, space.blocks, space.factors, ends, cu_seqlens, T, G, k.stride(1), v.stride(1),
+            (k, v, space.inverses, space.factors, ends, cu_seqlens, T, G, k.stride(1), v.stride(1),
              H, k.shape[2], K, V, 64, io, 2, varlen),
             num_warps=4, num_stages=2,
         )  # fmt: skip

@@ -242,8 +242,11 @@ def test_configurations_follow_the_parallelism() -> None:
     hopper = (9, 0)
     assert prefill_config((8, 0), 64, 128, 2.0, False) == PrefillConfig()
     assert prefill_config(hopper, 128, 128, 2.0, True) == configs.ALONE
-    assert prefill_config(hopper, 1024, 32, 2.0, True) == configs.WIDE
-    assert prefill_config(hopper, 4096, 2, 2.0, True) == configs.WIDE
+    assert prefill_config(hopper, 256, 256, 2.0, True) == configs.WIDE
+    assert prefill_config(hopper, 4096, 2, 2.0, True) == configs.CROWDED
     assert prefill_config(hopper, 8, 128, 2.0, False) == configs.ALONE
-    assert prefill_config(hopper, 8, 512, 2.0, True).segments > 1
+    cut = prefill_config(hopper, 8, 512, 2.0, True)
+    assert cut.segments > 1
+    assert cut == replace(configs.SEGMENTED, segments=cut.segments)
+    assert prefill_config((8, 0), 8, 512, 2.0, True).state == "triton"
     assert prefill_segments(8, 1, 2.0) == 1

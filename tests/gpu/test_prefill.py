@@ -28,7 +28,8 @@ CONFIGS = {
     "triton, 2 segments": PrefillConfig(segments=2),
     "alone": configs.ALONE,
     "wide": configs.WIDE,
-    "alone, 4 segments": replace(configs.ALONE, segments=4),
+    "crowded": configs.CROWDED,
+    "4 segments": replace(configs.SEGMENTED, segments=4),
 }
 RAGGED = [1, 700, 64, 63, 300, 128]
 
@@ -98,6 +99,22 @@ def test_bitwise_alone_packed_and_again(config: PrefillConfig) -> None:
         assert torch.equal(o[:, bos:eos], run_prefill(part, config=config)[0])
         slot = part.indices.long()
         assert torch.equal(call.pool[slot], part.pool[slot])
+
+
+def test_a_neighbour_that_is_not_a_number(config: PrefillConfig) -> None:
+    call = made(lengths=RAGGED)
+    poisoned = replace(call, pool=strided(call.pool))
+    o, _ = run_prefill(call, config=config)
+    begin, end = call.x.cu_seqlens[1:3].tolist()
+    for x in (poisoned.x.q, poisoned.x.k, poisoned.x.v):
+        x[:, begin:end] = float("nan")
+    p, _ = run_prefill(poisoned, config=config)
+    assert p[:, begin:end].isnan().any()
+    kept = [n for n in range(call.N) if n != 1]
+    assert torch.equal(o[:, :begin], p[:, :begin])
+    assert torch.equal(o[:, end:], p[:, end:])
+    slots = call.indices[kept].long()
+    assert torch.equal(call.pool[slots], poisoned.pool[slots])
 
 
 def test_states_before_chunks(config: PrefillConfig) -> None:

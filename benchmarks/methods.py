@@ -50,16 +50,15 @@ def scatter(found: dict[str, Any], path: Path) -> None:
         return
     axes = figure.subplots()
     for row in found["rows"]:
-        mine = row["impl"] == "ours"
-        x, y = row["median_us"], row["rel_err"]
-        axes.plot(x, y, "o" if mine else "s", color="C0" if mine else "C1")
-        axes.annotate(row["method"] or row["impl"], (x, y), fontsize=8, xytext=(4, 3),
-                      textcoords="offset points")  # fmt: skip
+        marker = "o" if row["impl"] == "ours" else "s"
+        name = row["method"] or row["impl"]
+        axes.plot(row["median_us"], row["rel_err"], marker, label=name, alpha=0.8)
     axes.set(
-        xscale="log", yscale="log", xlabel="device time, us", ylabel="worst error, near-equal keys",
+        xscale="log", yscale="log", xlabel="device time, us", ylabel="worst error",
         title=f"Whole prefill, 8192 tokens, {HK}/{HV} heads, {found['provenance']['gpu']}",
     )  # fmt: skip
     axes.margins(0.2)
+    axes.legend(fontsize=8, frameon=False)
     output.save(figure, path, 120)
 
 

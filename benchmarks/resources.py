@@ -32,7 +32,7 @@ from sglang_trinv.kernels import (
 from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, PrefillConfig
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
-HALF = ("q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk", "blocks", "o", "h")
+HALF = ("q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk", "inverses", "scores", "o", "h")
 FLOAT = ("A", "g", "gk", "beta", "factors", "state", "starts", "ends", "track")
 SCALAR = ("scale", "unit")
 INDEX = ("cu_seqlens", "chunk_indices", "state_indices", "track_chunks")

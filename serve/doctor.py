@@ -200,10 +200,24 @@ def _prefill() -> str:
     name, reason = prefill_choice.predict(machine)
     if name == "triton":
         return f"triton ({reason})"
-    if Config.from_env().force:
-        return f"{name} ({reason}); SGLANG_TRINV_FORCE=1 displaces it"
-    how = "--linear-attn-prefill-backend triton or SGLANG_TRINV_FORCE=1"
-    return f"{name} ({reason}); our kernels are called only with {how}"
+    return f"{name} ({reason}); {_whose(name, machine.capability, Config.from_env())}"
+
+
+def _whose(name: str, capability: tuple[int, int] | None, config: Config) -> str:
+    """Who answers where SGLang would choose ``name``, which is not its Triton chain."""
+    if config.force:
+        return "SGLANG_TRINV_FORCE=1 displaces it"
+    from sglang_trinv import prefill  # needs torch
+
+    how = "only with --linear-attn-prefill-backend triton or SGLANG_TRINV_FORCE=1"
+    heads = prefill.displaced(capability, name) if capability else []
+    if not heads or config.gdn not in ("auto", "full"):
+        return f"our kernels are called {how}"
+    spelled = ", ".join(f"{hk}/{hv}" for hk, hv in heads)
+    return (
+        f"ours takes its place with {spelled} key/value heads a GPU, 128 channels each; "
+        f"with others it is called {how}"
+    )
 
 
 def _numbers(version: str | None) -> tuple[int, int] | None:

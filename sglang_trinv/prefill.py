@@ -50,6 +50,12 @@ def wins(
     )
 
 
+def displaced(capability: tuple[int, int], instead_of: str) -> list[tuple[int, int]]:
+    """Heads of a rank for which ours takes the place of SGLang's choice in calls of any length."""
+    rows = (w for w in WINS if (w.capability, w.instead_of) == (capability, instead_of))
+    return sorted(heads for win in rows if win.least_tokens == 1 for heads in win.heads)
+
+
 def kernel_class(stock: type) -> type:
     """Ours as a subclass of SGLang's ``TritonGDNKernel``."""
 

@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sglang_trinv import prefill
+from sglang_trinv.config import Config
+from sglang_trinv.serve import doctor
 
 
 def test_the_table_says_what_was_measured() -> None:
@@ -24,3 +28,18 @@ def test_the_table_says_what_was_measured() -> None:
             for r in seen.values():
                 assert r["ours"]["p80_us"] < r[peer]["p20_us"]
                 assert r["ours"]["wall"]["p80_us"] < r[peer]["wall"]["p20_us"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "settings", "said"),
+    [
+        ((9, 0), {}, "ours takes its place with 2/4, 4/8, "),
+        ((9, 0), {"gdn": "intra"}, "our kernels are called only with --linear"),
+        ((10, 0), {}, "our kernels are called only with --linear"),
+        ((10, 0), {"force": True}, "SGLANG_TRINV_FORCE=1 displaces it"),
+    ],
+)
+def test_doctor_says_who_answers_for_flashinfer(
+    capability: tuple[int, int], settings: dict[str, Any], said: str
+) -> None:
+    assert doctor._whose("flashinfer", capability, Config(**settings)).startswith(said)

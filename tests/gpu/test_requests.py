@@ -21,11 +21,10 @@ import pytest
 from openai import OpenAI
 
 from sglang_trinv.serve import health
-from sglang_trinv.serve.config import ServeConfig, free_port
-from sglang_trinv.serve.launch import Server
 from sglang_trinv.serve.tiny_model import make
 from tests.e2e.client import Client, body_of
-from tests.gpu.test_server import FLAGS, prompt
+from tests.gpu.servers import Arm, running
+from tests.gpu.test_server import prompt
 
 pytestmark = pytest.mark.gpu
 
@@ -46,14 +45,10 @@ def server(
 ) -> Iterator[Client]:
     model = tmp_path_factory.mktemp("model")
     make.write(model, "conditional")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")}
-    environ |= {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": request.param}
-    config = ServeConfig(
-        model=str(model), device="cuda", port=free_port(), extra=(*FLAGS, *DETERMINISTIC, *MANY)
-    )
-    with Server(config, tmp_path_factory.mktemp("run"), environ) as made:
-        made.wait_healthy(timeout_s=300)
-        yield Client(made)
+    environ = {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": request.param}
+    arms = {"ours": Arm(environ, (*DETERMINISTIC, *MANY))}
+    with running(model, arms, tmp_path_factory.mktemp("runs")) as clients:
+        yield clients["ours"]
 
 
 @pytest.fixture(scope="module")

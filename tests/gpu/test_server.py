@@ -7,31 +7,21 @@ the layout with a vision tower, which releases from 0.5.16 on know.
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import OpenAI
 
 from sglang_trinv.serve import health
-from sglang_trinv.serve.config import ServeConfig, free_port
-from sglang_trinv.serve.launch import Server
 from sglang_trinv.serve.tiny_model import make
 from tests.e2e.client import Client, next_error, true_prompt_logprobs
+from tests.gpu.servers import Arm, running
 
 pytestmark = pytest.mark.gpu
 
-FLAGS = (
-    "--linear-attn-prefill-backend", "triton", "--attention-backend", "triton",
-    "--sampling-backend", "pytorch", "--mem-fraction-static", "0.4", "--max-total-tokens",
-    "131072", "--max-mamba-cache-size", "256", "--cuda-graph-max-bs-decode", "8",
-    "--chunked-prefill-size", "2048",
-)  # fmt: skip
 LENGTHS = (1, 64, 100, 1000, 5000)
 LAYERS = 3
 LOGPROB_ROUNDING = 2.0**-6  # of logits in bfloat16: a few of these numbers, by luck, err less
@@ -50,23 +40,14 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Clie
     """stock, ours, the whole prefill, and ours with u multiplied by zero, all running at once."""
     model = tmp_path_factory.mktemp("model")
     make.write(model, "conditional")
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")}
     strict = {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_CHECK": str(CHECKED)}
-    intra, full = ({**strict, "SGLANG_TRINV_GDN": mode} for mode in ("intra", "full"))
-    arms = {"stock": {}, "ours": intra, "full": full, "zero_u": {"SGLANG_TRINV_FAULT": "zero_u"}}
-    clients = {}
-    with ExitStack() as stack:
-        for name, more in arms.items():  # one after the other: their memory profiling would race
-            config = ServeConfig(
-                model=str(model), kernels="stock" if name == "stock" else "ours", device="cuda",
-                port=free_port(), extra=FLAGS,
-            )  # fmt: skip
-            run_dir: Path = tmp_path_factory.mktemp(name)
-            server = Server(config, run_dir, {**environ, **more})
-            stack.callback(server.stop)
-            server.start()
-            server.wait_healthy(timeout_s=240)
-            clients[name] = Client(server)
+    arms = {
+        "stock": Arm(None),
+        "ours": Arm({**strict, "SGLANG_TRINV_GDN": "intra"}),
+        "full": Arm({**strict, "SGLANG_TRINV_GDN": "full"}),
+        "zero_u": Arm({"SGLANG_TRINV_GDN": "intra", "SGLANG_TRINV_FAULT": "zero_u"}),
+    }
+    with running(model, arms, tmp_path_factory.mktemp("runs")) as clients:
         yield clients
 
 

@@ -5,18 +5,15 @@ The embedded model has one key head; served here is the same function with two o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 
 import pytest
 import torch
 
-from sglang_trinv.serve.config import ServeConfig, free_port
-from sglang_trinv.serve.launch import Server
 from tests import doubled
 from tests.e2e.client import Client, true_prompt_logprobs
-from tests.gpu.test_server import FLAGS, LENGTHS, OPS, distance, prompt
+from tests.gpu.servers import Arm, running
+from tests.gpu.test_server import LENGTHS, OPS, distance, prompt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,23 +26,15 @@ CHECKED = 200
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, int], Client]]:
     """(arm, number of GPUs) -> server, for SGLang's own kernels and the whole prefill of ours."""
     model = doubled.write(tmp_path_factory.mktemp("model"))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")}
     ours = {
         "SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": "full", "SGLANG_TRINV_CHECK": str(CHECKED),
     }  # fmt: skip
-    clients = {}
-    with ExitStack() as stack:
-        for arm, size in (("stock", 1), ("stock", 2), ("full", 1), ("full", 2)):
-            more = ours if arm == "full" else {}
-            config = ServeConfig(
-                model=str(model), kernels="ours" if more else "stock", device="cuda",
-                port=free_port(), extra=(*FLAGS, "--tp-size", str(size)),
-            )  # fmt: skip
-            server = Server(config, tmp_path_factory.mktemp(f"{arm}{size}"), {**environ, **more})
-            stack.callback(server.stop)
-            server.start()
-            server.wait_healthy(timeout_s=240)
-            clients[arm, size] = Client(server)
+    arms = {
+        (name, size): Arm(environ, ("--tp-size", str(size)))
+        for name, environ in (("stock", None), ("full", ours))
+        for size in (1, 2)
+    }
+    with running(model, arms, tmp_path_factory.mktemp("runs")) as clients:
         yield clients
 
 

@@ -29,8 +29,8 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
     return LaunchConfig(group=next(g for g in (4, 3, 2, 1) if ratio % g == 0))
 
 
-# H200, us, T = 8192, Hg/H 16/32: one value head a program 105.0, two 119.7; columns by 64 in two
-# stages 105.0, in one 106.9, by 32 in three 106.8.
+# H200, us, T = 8192, Hg/H 16/32: columns by 64 in three stages 106.0, in two 108.6, in one 110.0;
+# by 32 in three 110.0; two value heads a program, by 32 in three 111.5.
 FWD_INTRA = LaunchConfig(group=1, stages=3)
 # H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;
 # 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), where
@@ -78,11 +78,13 @@ def prefill_config(
 
     Args:
         transfer_ratio: rows of a segment's transfer matrices, for each row of the state.
-        split: whether sequences may be cut into segments.
+        split: whether sequences may be cut into segments, and other things be done that change
+            bits: ALONE and WIDE give the same.
     """
     chosen = PrefillConfig()
     if capability == (9, 0):
-        chosen = ALONE if groups <= SMS else WIDE if groups <= 2 * SMS else CROWDED
+        crowded = split and groups > 2 * SMS
+        chosen = ALONE if groups <= SMS else CROWDED if crowded else WIDE
     segments = prefill_segments(groups, chunks, transfer_ratio) if split else 1
     if segments == 1:
         return chosen

@@ -77,7 +77,7 @@ def chunk_gated_delta_rule(
         track_state (float32, [N, H, V, K], Optional): receives the state before one chunk.
         track_chunk_idx (int32 | int64, [N], Optional): that chunk; outside the sequence: none.
         batch_invariant (bool): the same bits whatever else is in the batch: no segments, whose
-            number depends on it. Default: False.
+            number depends on it, and scores always computed by one kernel. Default: False.
         config (PrefillConfig, Optional): how to cut the work. Default: by device and shape.
     Returns:
         o (like v, [B, T, H, V]), None, h (like k, [1, NT, H, V, K]) or None: the chunks of all

@@ -245,6 +245,7 @@ def test_configurations_follow_the_parallelism() -> None:
     assert prefill_config(hopper, 256, 256, 2.0, True) == configs.WIDE
     assert prefill_config(hopper, 4096, 2, 2.0, True) == configs.CROWDED
     assert prefill_config(hopper, 8, 128, 2.0, False) == configs.ALONE
+    assert prefill_config(hopper, 4096, 2, 2.0, False) == configs.WIDE
     cut = prefill_config(hopper, 8, 512, 2.0, True)
     assert cut.segments > 1
     assert cut == replace(configs.SEGMENTED, segments=cut.segments)

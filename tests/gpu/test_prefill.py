@@ -101,6 +101,15 @@ def test_bitwise_alone_packed_and_again(config: PrefillConfig) -> None:
         assert torch.equal(call.pool[slot], part.pool[slot])
 
 
+def test_cuts_of_deterministic_mode_have_the_same_bits() -> None:
+    skip_unless_it_runs_here(configs.ALONE)
+    call = made(HARD_INPUTS["cosine 0.98"], RAGGED)
+    twin = replace(call, pool=strided(call.pool))
+    o, _ = run_prefill(call, config=configs.ALONE)
+    assert torch.equal(o, run_prefill(twin, config=configs.WIDE)[0])
+    assert torch.equal(call.pool, twin.pool)
+
+
 def test_a_neighbour_that_is_not_a_number(config: PrefillConfig) -> None:
     call = made(lengths=RAGGED)
     poisoned = replace(call, pool=strided(call.pool))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from benchmarks import methods, output, prefill_report, serve_report
-from benchmarks.cases import Case
+from benchmarks.cases import Case, spell
 
 Row = dict[str, Any]
 IMPLEMENTATIONS = ("ours", "sglang", "fla", "flashinfer")
@@ -18,6 +19,13 @@ kernels. "own metadata": the call gets lengths that it has not seen before and p
 needs; "given": chunk_indices is handed in. Error: the worst relative Frobenius error of a result
 against float64. Memory: most held at once beyond the inputs, results included. Floor: least bytes
 at the bandwidth of a copy measured in the same run."""
+
+MOST_DESIGNS = 8
+DESIGNS = f"""\
+The {MOST_DESIGNS} fastest designs of each op that were tried, medians in microseconds. What they
+are, which are kept and why those are no faster, and the designs of the whole prefill:
+[designs](designs.md)."""
+INTRA_OPS = ("kkt_solve", "fwd_intra", "solve_tril", "chunk_kda_fwd_intra")
 
 
 def title(row: Row) -> str:
@@ -128,6 +136,10 @@ def performance(results: Path) -> str:
         found = json.loads(path.read_text())
         parts += [f"## Servers: {found['provenance']['gpu']}", "", serve_report.NOTE, ""]
         parts += [serve_report.table(found), "", f"![Servers](../{_shown(path)}.png)", ""]
+    for path in sorted(results.glob("designs-*.json")):
+        found = json.loads(path.read_text())
+        parts += [f"## Designs: {found['provenance']['gpu']}", "", DESIGNS, ""]
+        parts += [f"Timing: {found['provenance']['timing']}.", "", designs(found["rows"])]
     path = results / "resources.json"
     if path.is_file():
         parts += [
@@ -136,6 +148,24 @@ def performance(results: Path) -> str:
             resources(json.loads(path.read_text())),
         ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def designs(rows: list[Row]) -> str:
+    """Markdown table for each op of the intra-chunk step: designs by their time in one shape."""
+    parts = []
+    for op in (op for op in INTRA_OPS if any(row["op"] == op for row in rows)):
+        times: dict[str, dict[str, float]] = {}  # shape -> design -> its best time
+        for row in (row for row in rows if row["op"] == op):
+            seen = times.setdefault(f"{spell(row['lengths'])}, {row['hk']}/{row['hv']}", {})
+            seen[row["design"]] = min(row["median_us"], seen.get(row["design"], math.inf))
+        shapes = sorted(times, key=lambda shape: -len(times[shape]))[:3]
+        lines = [f"| {op} | {' | '.join(shapes)} |", f"|---{'|---' * len(shapes)}|"]
+        for design in sorted(times[shapes[0]], key=times[shapes[0]].get)[:MOST_DESIGNS]:
+            cells = (times[shape].get(design) for shape in shapes)
+            shown = ["" if us is None else f"{us:.1f}" for us in cells]
+            lines.append(f"| {design} | {' | '.join(shown)} |")
+        parts += [*lines, ""]
+    return "\n".join(parts)
 
 
 def _shown(path: Path) -> str:

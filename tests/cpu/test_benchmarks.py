@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,21 @@ def test_a_run_without_peers(
     text = report.performance(folder)
     assert "From `benchmarks/results/intra-none.json`: " in text
     assert text.count("\n| ") == 1 + len(rows)
+
+
+def test_designs_stand_in_the_order_of_their_times() -> None:
+    def row(design: str, us: float, T: int = 8192, op: str = "kkt_solve") -> dict[str, Any]:
+        return {
+            "op": op, "design": design, "lengths": [T], "hk": 16, "hv": 32, "median_us": us
+        }  # fmt: skip
+
+    rows = [row("dense", 9), row("blocks", 5), row("blocks", 4), row("blocks", 3, T=64)]
+    assert report.designs([*rows, row("other", 1, op="prefill")]).splitlines() == [
+        "| kkt_solve | 1 x 8192, 16/32 | 1 x 64, 16/32 |",
+        "|---|---|---|",
+        "| blocks | 4.0 | 3.0 |",
+        "| dense | 9.0 |  |",
+    ]
 
 
 def test_a_wrong_result_is_shown_and_fails(

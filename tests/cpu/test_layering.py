@@ -33,7 +33,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 OUTSIDE = ("serve", "evals", "patches")
 PUBLIC_TO_THEM = {
     "config", "errors", "status", "targets", "reference", "ops", "cli", "runs", "selfcheck",
-    "warmup",
+    "warmup", "prefill",
 }  # fmt: skip
 
 

@@ -151,8 +151,8 @@ def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
     forms = [configs.PrefillConfig(), configs.PrefillConfig(segments=2)]
     hopper = k.is_cuda and torch.cuda.get_device_capability(k.device) == (9, 0)
     if hopper and shape.K == shape.V == 128:
-        forms = [configs.ALONE, configs.WIDE, configs.CROWDED]
-        forms.append(replace(configs.SEGMENTED, segments=2))
+        segmented = replace(configs.SEGMENTED, segments=2)
+        forms = [configs.ALONE, configs.WIDE, configs.CROWDED, segmented]
     calls = [(config, tracks, 1) for config in forms for tracks in (False, True)]
     if k.is_cuda:  # so many programs that the inverse is cut in its other way
         calls.append((forms[0], True, 64 * configs.FEW_PROGRAMS // shape.Hg // k.shape[1] + 1))

@@ -52,8 +52,8 @@ def wins(
 
 def displaced(capability: tuple[int, int], instead_of: str) -> list[tuple[int, int]]:
     """Heads of a rank for which ours takes the place of SGLang's choice in calls of any length."""
-    rows = (w for w in WINS if (w.capability, w.instead_of) == (capability, instead_of))
-    return sorted(heads for win in rows if win.least_tokens == 1 for heads in win.heads)
+    listed = {heads for win in WINS for heads in win.heads}
+    return sorted(heads for heads in listed if wins(capability, instead_of, heads, tokens=1))
 
 
 def kernel_class(stock: type) -> type:

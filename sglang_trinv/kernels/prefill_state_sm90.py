@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sglang_trinv.kernels.prefill_prepare import L2NORM_EPS
+from sglang_trinv.kernels.prefill_scores_sm90 import score_chunks
 from sglang_trinv.kernels.prefill_tiles_sm90 import (
     barrier,
     chunk_factors,
@@ -25,7 +25,6 @@ from sglang_trinv.kernels.prefill_tiles_sm90 import (
     locate,
     scale_values,
     segment_chunks,
-    square_sum,
     stage_barriers,
 )
 
@@ -58,48 +57,6 @@ def load_tiles(
             tma.async_copy_global_to_shared(scores, [tile * 64, 0], full_P.index(e), s_P.index(e))
         row += 64
         tile += H
-
-
-@gluon.jit
-def score_chunks(
-    s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES: gl.constexpr,
-    NORM: gl.constexpr, N: gl.constexpr,
-):  # fmt: skip
-    """One warpgroup: P of chunk after chunk and the queries' factors (see scores_kernel).
-
-    Rows past the end of the sequence may hold anything: nobody stores what is made of them.
-    """
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    i: gl.constexpr = gl.SliceLayout(1, mma)
-    j: gl.constexpr = gl.SliceLayout(0, mma)
-    o_i, o_j = gl.arange(0, 64, i), gl.expand_dims(gl.arange(0, N, j), 0)
-    zeros = gl.zeros([64, N], gl.float32, mma)
-    for i_t in range(NT):
-        e = i_t % STAGES
-        s_q0, s_q1, f = s_q.index(e * 2), s_q.index(e * 2 + 1), chunk_factors(s_f.index(e))
-        mbarrier.wait(full.index(e), (i_t // STAGES) & 1)
-        b_r = gl.full([64], 1.0, gl.float32, i)
-        if NORM:
-            b_r = gl.rsqrt(square_sum(s_q0, mma) + square_sum(s_q1, mma) + L2NORM_EPS)
-        b_r *= scale
-        b_g = f.slice(256, 64).load(i)
-        f.slice(192, 64).store(b_r * gl.exp2(b_g))
-        n = n_tokens - i_t * 64
-        for c in gl.static_range(0, 64, N):
-            s_kc = s_k.index(e).slice(c, N, 0)
-            s_k0, s_k1 = s_kc.slice(0, 64, 1), s_kc.slice(64, 64, 1)
-            b_G = warpgroup_mma(s_q0, s_k0.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            b_G = warpgroup_mma(s_q1, s_k1.permute((1, 0)), b_G, is_async=True)
-            g_c = gl.expand_dims(f.slice(256 + c, N).load(j), 0)
-            r_c = gl.expand_dims(f.slice(320 + c, N).load(j), 0)
-            b_d = gl.exp2(gl.minimum(gl.expand_dims(b_g, 1) - g_c, 0.0))
-            kept = (gl.expand_dims(o_i, 1) >= o_j + c) & (o_j + c < n)
-            b_G = warpgroup_mma_wait(0, [b_G])
-            b_P = gl.where(kept, b_G * (r_c * gl.expand_dims(b_r, 1)) * b_d, 0.0)
-            s_P.index(e).slice(c, N, 1).store(b_P.to(s_P.dtype))
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(full_P.index(e))
 
 
 @gluon.jit
@@ -226,6 +183,34 @@ def run_chunks(
             gl.store(p_state + o_vk + 64, b_S1.to(state.dtype.element_ty))
 
 
+@gluon.jit
+def share_out(
+    half_0, half_1, scores, tiles, HALVES: gl.constexpr, OWN_SCORES: gl.constexpr,
+    CHUNKS_REGS: gl.constexpr, SCORES_REGS: gl.constexpr,
+):  # fmt: skip
+    """Run each part with its arguments: a warpgroup each, with so many registers a thread."""
+    if HALVES == 2 and OWN_SCORES:
+        gl.warp_specialize(
+            [
+                (run_chunks, half_0), (run_chunks, half_1), (score_chunks, scores),
+                (load_tiles, tiles),
+            ],
+            [4, 4, 1], [CHUNKS_REGS, SCORES_REGS, 24],
+        )  # fmt: skip
+    elif HALVES == 2:
+        gl.warp_specialize(
+            [(run_chunks, half_0), (run_chunks, half_1), (load_tiles, tiles)],
+            [4, 1], [CHUNKS_REGS, 24],
+        )  # fmt: skip
+    elif OWN_SCORES:
+        gl.warp_specialize(
+            [(run_chunks, half_0), (score_chunks, scores), (load_tiles, tiles)],
+            [4, 1], [SCORES_REGS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize([(run_chunks, half_0), (load_tiles, tiles)], [1], [24])
+
+
 @gluon.jit(
     do_not_specialize=["T", "G"],
     do_not_specialize_on_alignment=["cu_seqlens", "state_indices", "track_chunks"],
@@ -284,73 +269,21 @@ def state_kernel_sm90(
     tile = (slot + i_t0) * H + i_h
     c_k = i_h // (H // Hg) * K
     c_v = i_h * V + i_v * (HALVES * 64)
-    if HALVES == 2 and OWN_SCORES:
-        gl.warp_specialize([
-            (run_chunks, (
-                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
-                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
-                TRACK, 0,
-            )),
-            (run_chunks, (
-                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
-                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
-                TRACK, 1,
-            )),
-            (score_chunks, (
-                s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES, NORM, 32,
-            )),
-            (load_tiles, (
-                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
-                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
-            )),
-        ], [4, 4, 1], [CHUNKS_REGS, SCORES_REGS, 24])  # fmt: skip
-    elif HALVES == 2:
-        gl.warp_specialize([
-            (run_chunks, (
-                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
-                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
-                TRACK, 0,
-            )),
-            (run_chunks, (
-                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
-                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
-                TRACK, 1,
-            )),
-            (load_tiles, (
-                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
-                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
-            )),
-        ], [4, 1], [CHUNKS_REGS, 24])  # fmt: skip
-    elif OWN_SCORES:
-        gl.warp_specialize([
-            (run_chunks, (
-                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
-                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
-                TRACK, 0,
-            )),
-            (score_chunks, (
-                s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES, NORM, 64,
-            )),
-            (load_tiles, (
-                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
-                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
-            )),
-        ], [4, 1], [SCORES_REGS, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (run_chunks, (
-                o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o,
-                full, full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n,
-                i_ns, i_h, i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H,
-                TRACK, 0,
-            )),
-            (load_tiles, (
-                q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P,
-                free, row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
-            )),
-        ], [1], [24])  # fmt: skip
+    share_out(
+        (
+            o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P,
+            free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
+            H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
+        ),
+        (
+            o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P,
+            free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
+            H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 1,
+        ),
+        (s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES, NORM, 64 // HALVES),
+        (
+            q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free,
+            row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
+        ),
+        HALVES, OWN_SCORES, CHUNKS_REGS, SCORES_REGS,
+    )  # fmt: skip

@@ -71,10 +71,3 @@ def scale_values(b_v, b_b):
         return gl.inline_asm_elementwise(asm, "=r,=r,r,r,r", [b_v, b_b], gl.float32, False, 2)
     else:
         return b_v.to(gl.float32) * b_b
-
-
-@gluon.jit
-def square_sum(s, mma: gl.constexpr):
-    """The squares of each row of a tile, summed."""
-    x = s.load(mma).to(gl.float32)
-    return gl.sum(x * x, 1)

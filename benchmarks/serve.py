@@ -2,12 +2,14 @@
 
 The servers of all arms run side by side on one GPU and are asked in turns, one at a time, so that
 whatever drifts hits all alike; the others are idle. Radix cache off, one new token, so a request is
-a prefill. An arm that cannot be served is recorded with the reason.
+a prefill. An arm that cannot be served is recorded with the reason. On a GPU one prefill of each
+arm is profiled at the end, after everything is measured.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -19,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import output, serve_models, serve_report
+from benchmarks import output, serve_models, serve_profile, serve_report
 from sglang_trinv import runs
 from sglang_trinv.serve import config as serve_config
 from sglang_trinv.serve import health
-from sglang_trinv.serve.config import ServeConfig
+from sglang_trinv.serve.config import ServeConfig, ServeError
 from sglang_trinv.serve.launch import Server
 
 # Arm: kernels, GDN prefill backend of SGLang, SGLANG_TRINV_GDN
@@ -36,7 +38,12 @@ ARMS = {
 LENGTHS = (2048, 8192, 32768)
 CONCURRENCY = (1, 16)
 START_TIMEOUT_S = 240.0
-USED_MEMORY = 0.85  # by all servers; CUDA graphs and workspaces take the rest
+PROFILED_TOKENS = 8192
+# Pools of a fixed size, and a share of the memory that other servers' start cannot disturb.
+SHARED_GPU_FLAGS = (
+    "--mem-fraction-static", "0.85", "--max-total-tokens", "262144", "--max-mamba-cache-size", "64",
+    "--max-running-requests", "32", "--cuda-graph-max-bs-decode", "8",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -49,9 +56,17 @@ class Plan:
     arms: tuple[str, ...]
     lengths: tuple[int, ...] = LENGTHS
     concurrency: tuple[int, ...] = CONCURRENCY
-    rounds: int = 3  # measurements of each arm; the first of a shape is thrown away besides
+    rounds: int = 3  # measurements at concurrency 1; the first of a shape is thrown away besides
     requests: int = 4  # of a measurement at concurrency 1; otherwise as many as are sent at once
     flags: tuple[str, ...] = ()
+
+    def requests_at(self, concurrency: int) -> int:
+        """Requests of one measurement."""
+        return self.requests if concurrency == 1 else concurrency
+
+    def rounds_at(self, concurrency: int) -> int:
+        """As many measurements as send no fewer requests in all than those at concurrency 1."""
+        return math.ceil(self.rounds * self.requests / self.requests_at(concurrency))
 
 
 class Client:
@@ -65,7 +80,7 @@ class Client:
         )  # fmt: skip
         ready = self._read()
         if "error" in ready:
-            raise serve_config.ServeError(f"SGLang's benchmark client: {ready['error']}")
+            raise ServeError(f"SGLang's benchmark client: {ready['error']}")
 
     def _read(self) -> Row:
         for line in self.process.stdout:
@@ -91,26 +106,26 @@ class Client:
 
 def words(plan: Plan, url: str, model: Path, length: int, concurrency: int, seed: int) -> list[str]:
     """The client's command line for one measurement."""
-    requests = plan.requests if concurrency == 1 else concurrency
     return [
         "--backend", "sglang", "--base-url", url, "--model", str(model), "--tokenizer", str(model),
         "--dataset-name", "random-ids", "--tokenize-prompt", "--random-input-len", str(length),
-        "--random-output-len", "1", "--random-range-ratio", "1.0", "--num-prompts", str(requests),
-        "--max-concurrency", str(concurrency), "--warmup-requests", "0", "--seed", str(seed),
-        "--disable-tqdm", "--disable-ignore-eos",
+        "--random-output-len", "1", "--random-range-ratio", "1.0", "--num-prompts",
+        str(plan.requests_at(concurrency)), "--max-concurrency", str(concurrency),
+        "--warmup-requests", "0", "--seed", str(seed), "--disable-tqdm", "--disable-ignore-eos",
     ]  # fmt: skip
 
 
-def arm_config(plan: Plan, arm: str, model: Path, share: float) -> tuple[ServeConfig, Row]:
+def arm_config(plan: Plan, arm: str, model: Path) -> tuple[ServeConfig, Row]:
     """The server of one arm and the variables that it gets besides."""
     kernels, backend, gdn = ARMS[arm]
     flags = (
         "--load-format", "dummy", "--disable-radix-cache", "--sampling-backend", "pytorch",
-        "--linear-attn-prefill-backend", backend, *plan.flags,
+        "--linear-attn-prefill-backend", backend,
     )  # fmt: skip
     device = serve_config.detect_device()
     if device == "cuda":
-        flags += ("--mem-fraction-static", f"{share:.2f}", "--cuda-graph-max-bs-decode", "8")
+        flags += SHARED_GPU_FLAGS
+    flags += plan.flags
     config = ServeConfig(
         model=str(model), kernels=kernels, device=device, port=serve_config.free_port(), extra=flags
     )
@@ -119,27 +134,34 @@ def arm_config(plan: Plan, arm: str, model: Path, share: float) -> tuple[ServeCo
 
 
 def start_arms(plan: Plan, model: Path, stack: ExitStack) -> tuple[dict[str, Server], Row]:
-    """Start the arms one after the other; return the servers and why others are missing.
-
-    A memory fraction counts what is free when a server starts, so each takes its share of that.
-    """
-    servers: dict[str, Server] = {}
+    """Start the arms side by side; return the servers and why others are missing."""
+    started: dict[str, Server] = {}
     absent: Row = {}
-    for i, arm in enumerate(plan.arms):
-        share = USED_MEMORY / (len(plan.arms) - i)
-        config, more = arm_config(plan, arm, model, share)
+
+    def missing(arm: str, error: Exception) -> None:
+        absent[arm] = str(error).splitlines()[0]
+        print(f"{plan.model} {arm}: not served: {error}", flush=True)
+
+    for arm in plan.arms:
+        config, more = arm_config(plan, arm, model)
         environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")} | more
         server = Server(config, runs.new_run_dir(), environ)
         try:
             serve_config.check(config, environ)
             server.start()
-            server.wait_healthy(START_TIMEOUT_S)
-        except Exception as error:
-            server.stop()
-            absent[arm] = str(error).splitlines()[0]
-            print(f"{plan.model} {arm}: not served: {error}", flush=True)
+        except ServeError as error:
+            missing(arm, error)
             continue
         stack.callback(server.stop)
+        started[arm] = server
+    servers = {}
+    for arm, server in started.items():
+        try:
+            server.wait_healthy(START_TIMEOUT_S)
+        except ServeError as error:
+            server.stop()
+            missing(arm, error)
+            continue
         servers[arm] = server
         seconds = time.monotonic() - server.started
         print(f"{plan.model} {arm}: ready after {seconds:.0f} s", flush=True)
@@ -153,7 +175,7 @@ def measure(plan: Plan, model: Path, servers: dict[str, Server], client: Client)
         for concurrency in plan.concurrency:
             samples: dict[str, list[Row]] = {arm: [] for arm in servers}
             errors: Row = {}
-            for i in range(plan.rounds + 1):
+            for i in range(plan.rounds_at(concurrency) + 1):
                 names = list(servers)
                 for arm in names[i % len(names) :] + names[: i % len(names)]:
                     seed = length + 1000 * i  # the same prompts for every arm
@@ -213,8 +235,22 @@ def calls(servers: dict[str, Server]) -> Row:
     return found
 
 
+def profiles(servers: dict[str, Server], folder: Path) -> Row:
+    """One prefill of each arm under SGLang's profiler, or ``{"error": ...}``."""
+    found = {}
+    for arm, server in servers.items():
+        try:
+            found[arm] = serve_profile.profile(server.config, PROFILED_TOKENS, folder / arm)
+        except ServeError as error:
+            found[arm] = {"error": str(error)}
+    return found
+
+
 def run(plan: Plan) -> Row:
-    """Serve and measure one model; ``rows``, ``absent`` arms with reasons, ``calls`` by arm."""
+    """Serve and measure one model.
+
+    Returns ``rows``, ``absent`` arms with reasons, ``calls`` and ``profiles`` by arm.
+    """
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         model = serve_models.write(plan.model, Path(folder) / plan.model)
         client = Client()  # first: without it there is nothing to start servers for
@@ -222,12 +258,18 @@ def run(plan: Plan) -> Row:
         servers, absent = start_arms(plan, model, stack)
         rows = measure(plan, model, servers, client) if servers else []
         time.sleep(1.5)  # the counts lag by a second
-        return {"rows": rows, "absent": absent, "calls": calls(servers)}
+        counts = calls(servers)
+        on_gpu = serve_config.detect_device() == "cuda"
+        traces = profiles(servers, Path(folder) / "profiles") if on_gpu else {}
+        return {"rows": rows, "absent": absent, "calls": counts, "profiles": traces}
 
 
 def main(plans: list[Plan], out: Path, minutes: float) -> int:
     """Measure every plan and write ``out`` after each; exit code 1 if an arm of ours fell back."""
-    found: Row = {"provenance": _provenance(), "rows": [], "absent": {}, "calls": {}}
+    found: Row = {
+        "provenance": _provenance(), "rows": [], "absent": {}, "calls": {}, "profiles": {},
+        "profiled_tokens": PROFILED_TOKENS, "flags": {},
+    }  # fmt: skip
     start = time.monotonic()
     for plan in plans:
         if time.monotonic() - start > 60 * minutes:
@@ -235,8 +277,9 @@ def main(plans: list[Plan], out: Path, minutes: float) -> int:
             break
         measured = run(plan)
         found["rows"] += measured["rows"]
-        found["absent"][plan.model] = measured["absent"]
-        found["calls"][plan.model] = measured["calls"]
+        for part in ("absent", "calls", "profiles"):
+            found[part][plan.model] = measured[part]
+        found["flags"][plan.model] = list(plan.flags)
         output.write(out, found)
     print(serve_report.table(found))
     serve_report.plot(found, out.with_suffix(".png"))

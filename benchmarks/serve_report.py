@@ -43,7 +43,33 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*head, *cells])} |")
     for model, arms in found["absent"].items():
         lines += [f"\nNot served: {model} {arm}: {why}" for arm, why in arms.items()]
-    return "\n".join(lines)
+    flags = {m: " ".join(f) for m, f in found["flags"].items() if f}
+    lines += [f"\nSGLang's flags besides, {m}: `{f}`" for m, f in flags.items()]
+    return "\n".join(lines) + profiles(found)
+
+
+def profiles(found: dict[str, Any]) -> str:
+    """A Markdown table of the GPU's time in one prefill of each arm, empty without profiles."""
+    lines = []
+    for model, arms in found["profiles"].items():
+        for arm, profile in arms.items():
+            if "error" in profile:
+                cells = [profile["error"], "", ""]
+            else:
+                total, gdn = profile["kernels_ms"], profile["gdn_ms"]
+                cells = [f"{total:.2f}", f"{gdn:.2f}", f"{gdn / total:.1%}"]
+            lines.append(f"| {' | '.join([model, arm, *cells])} |")
+    if not lines:
+        return ""
+    head = f"""
+
+One prefill of {found["profiled_tokens"]} tokens under SGLang's profiler, milliseconds of the GPU;
+"GDN" is what the arms compute differently, from the gates' sums and the keys' norms to the output.
+
+| model | arm | all kernels | GDN | share |
+|---|---|---|---|---|
+"""
+    return head + "\n".join(lines)
 
 
 def stock(rows: list[Row], row: Row) -> list[Row]:

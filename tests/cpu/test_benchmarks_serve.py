@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import serve, serve_models, serve_report
+from benchmarks import serve, serve_models, serve_profile, serve_report
 from sglang_trinv.serve.tiny_model import layout
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def test_models(name: str, tmp_path: Path) -> None:
 
 def test_arms_differ_by_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve.serve_config, "detect_device", lambda: "cuda")
-    made = {arm: serve.arm_config(PLAN, arm, Path("m"), 0.25) for arm in serve.ARMS}
+    made = {arm: serve.arm_config(PLAN, arm, Path("m")) for arm in serve.ARMS}
     assert made["triton"][0].extra == made["intra"][0].extra == made["full"][0].extra
     assert made["triton"][1] == {}
     assert made["full"][1] == {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": "full"}
@@ -101,7 +102,12 @@ def found(**medians: float) -> dict[str, object]:
          "ttft_ms": {"median": ms, "p20": ms, "p80": ms}, "prefill_tokens_per_s": 5}
         for arm, ms in medians.items()
     ]  # fmt: skip
-    return {"rows": rows, "absent": {"m": {"full": "yet to come"}}}
+    profile = {"kernels_ms": 10.0, "gdn_ms": 1.0, "longest": []}
+    return {
+        "rows": rows, "absent": {"m": {"full": "yet to come"}}, "profiled_tokens": 8192,
+        "flags": {"m": ["--attention-backend", "triton"]},
+        "profiles": {"m": {"triton": profile, "intra": {"error": "no trace"}}},
+    }  # fmt: skip
 
 
 def test_table_holds_ours_against_stock() -> None:
@@ -110,6 +116,36 @@ def test_table_holds_ours_against_stock() -> None:
     assert "| 0.980 (goal 0.985) | 1.089 | 5 |" in lines["intra"]
     assert "| 0.950 (goal 0.94, missed) | 1.056 |" in lines["full"]
     assert "Not served: m full: yet to come" in text
+    assert "| m | triton | 10.00 | 1.00 | 10.0% |" in text
+    assert "| m | intra | no trace |  |  |" in text
+    assert "besides, m: `--attention-backend triton`" in text
+
+
+def test_as_many_requests_at_every_concurrency() -> None:
+    plan = serve.Plan("m", ("triton",), rounds=3, requests=4)
+    assert [plan.rounds_at(c) * plan.requests_at(c) for c in (1, 4, 16)] == [12, 12, 16]
+
+
+def event(name: str, dur: float, cat: str = "kernel") -> dict[str, object]:
+    return {"name": name, "dur": dur, "cat": cat}
+
+
+def test_profile_sums_kernels_and_knows_gdns() -> None:
+    names = (
+        "chunk_gated_delta_rule_fwd_kernel_h_blockdim64", "l2norm_fwd_kernel", "state_kernel_sm90",
+        "kernel_cutlass_kernel_flashinfergdn_kernelsdelta_rule_dsl_x",
+    )  # fmt: skip
+    other = [event("gemm", 5000.0), event("gemm", 1000.0), event("gemm", 9.0, "cpu_op")]
+    found = serve_profile.summary({"traceEvents": [*(event(n, 500.0) for n in names), *other]})
+    assert (found["kernels_ms"], found["gdn_ms"]) == (8.0, 2.0)
+    assert found["longest"][0] == {"name": "gemm", "ms": 6.0, "calls": 2, "gdn": False}
+    assert all(kernel["gdn"] for kernel in found["longest"][1:])
+
+
+def test_gdn_is_every_kernel_of_ours() -> None:
+    for path in (ROOT / "sglang_trinv" / "kernels").glob("*.py"):
+        for name in re.findall(r"^def (\w*_kernel\w*)\(", path.read_text(), re.MULTILINE):
+            assert serve_profile.GDN.search(name) or name == "kda_intra_kernel"
 
 
 def test_complaints() -> None:

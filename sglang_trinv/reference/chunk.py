@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sglang_trinv.reference.exact import matmul
 from sglang_trinv.reference.layout import ChunkLayout, expand_heads, token_ranges
 
 CHUNK_SIZE = 64
@@ -122,7 +123,7 @@ def naive_chunk_forward(
     q, k = (expand_heads(layout.split(x), H, 1) for x in (q, k))
     g_sum = layout.split(g).sum(-1) if g is not None else q.new_zeros(q.shape[:2])
     gc = layout.split(gc)
-    attention = (q @ k.mT) * _decay(layout, gc)
+    attention = matmul(q, k.mT) * _decay(layout, gc)
 
     state = q.new_zeros(len(token_ranges(B, T, cu_seqlens)), H, V, K)
     if initial_state is not None:
@@ -132,10 +133,11 @@ def naive_chunk_forward(
     for step in range(steps):
         c = torch.nonzero(layout.position == step)[:, 0]
         S = state[layout.sequence[c]]
-        v_new = u[c] - w[c] @ S.mT
-        o[c] = scale * (gc[c].exp()[..., None] * (q[c] @ S.mT) + attention[c] @ v_new)
+        v_new = u[c] - matmul(w[c], S.mT)
+        before = gc[c].exp()[..., None] * matmul(q[c], S.mT)
+        o[c] = scale * (before + matmul(attention[c], v_new))
         k_decayed = k[c] * (g_sum[c][..., None] - gc[c]).exp()[..., None]
-        S = g_sum[c].exp()[..., None, None] * S + v_new.mT @ k_decayed
+        S = g_sum[c].exp()[..., None, None] * S + matmul(v_new.mT, k_decayed)
         state[layout.sequence[c]] = S
     return layout.join(o, B, T), state
 
@@ -147,13 +149,13 @@ def _wy(layout, k, v, g, beta, H, solve):
     kb = expand_heads(layout.split(k), H, 1) * b_beta[..., None]
     if g is not None:
         kb = kb * layout.split(g).exp()[..., None]
-    return Ai, Ai @ kb, Ai @ (layout.split(v) * b_beta[..., None])
+    return Ai, matmul(Ai, kb), matmul(Ai, layout.split(v) * b_beta[..., None])
 
 
 def chunk_A(layout, k, g, beta):
     """A of every chunk, [NT, H, BT, BT]."""
     b_k = layout.split(k)
-    A = (b_k @ b_k.mT).tril(-1)
+    A = matmul(b_k, b_k.mT).tril(-1)
     if beta is not None:
         A = expand_heads(A, beta.shape[-1], 1) * layout.split(beta)[..., None]
     if g is not None:

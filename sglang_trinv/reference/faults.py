@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sglang_trinv.reference.algorithms import bunch_hopcroft, cayley_hamilton, mixed_recursion
 from sglang_trinv.reference.chunk import CHUNK_SIZE, chunk_A
+from sglang_trinv.reference.exact import matmul
 from sglang_trinv.reference.layout import ChunkLayout, expand_heads
 from sglang_trinv.reference.methods import METHODS, invert
 from sglang_trinv.reference.precision import PRECISIONS
@@ -107,6 +108,6 @@ def fwd_intra(
     kb = expand_heads(layout.split(k), H, 1) * strength
     if g is not None:
         kb = kb * layout.split(g).exp()[..., None]
-    found = X @ kb, X @ (layout.split(v) * strength), X
+    found = matmul(X, kb), matmul(X, layout.split(v) * strength), X
     w, u, Ai = (layout.join(x, B, T) for x in found)
     return w.to(k.dtype), u.to(v.dtype), Ai.to(k.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sglang_trinv.reference.chunk import CHUNK_SIZE, inverse
+from sglang_trinv.reference.exact import matmul
 from sglang_trinv.reference.layout import ChunkLayout, token_ranges
 
 AT_ONCE = 1 << 26  # elements of a [chunks, H, BT, BT, K] product in memory: 512 MiB of float64
@@ -79,9 +80,9 @@ def naive_kda_forward(
     for step in range(steps):
         c = torch.nonzero(layout.position == step)[:, 0]
         S = state[layout.sequence[c]]
-        v_new = u[c] - w[c] @ S.mT
-        o[c] = scale * (q[c] @ S.mT) + Aqk[c] @ v_new
-        S = last[c].exp2() * S + v_new.mT @ kg[c]
+        v_new = u[c] - matmul(w[c], S.mT)
+        o[c] = scale * matmul(q[c], S.mT) + matmul(Aqk[c], v_new)
+        S = last[c].exp2() * S + matmul(v_new.mT, kg[c])
         state[layout.sequence[c]] = S
     return layout.join(o, B, T), state
 
@@ -104,8 +105,8 @@ def _intra(layout, q, k, v, gk, beta, scale):
     for c in torch.arange(layout.number, device=k.device).split(few):
         difference = g[c][:, :, :, None] - g[c][:, :, None]
         decayed = torch.where(lower[..., None], difference, -torch.inf).exp2() * b_k[c][:, :, None]
-        Aqk[c] = scale * torch.einsum("nhic,nhijc->nhij", b_q[c], decayed)
-        A[c] = torch.einsum("nhic,nhijc->nhij", b_k[c], decayed).tril(-1)
+        Aqk[c] = scale * matmul(decayed, b_q[c][..., None])[..., 0]
+        A[c] = matmul(decayed, b_k[c][..., None])[..., 0].tril(-1)
     Akk = inverse(A * b_beta[..., None])
     kb = b_k * g.exp2() * b_beta[..., None]
-    return Akk @ kb, Akk @ (b_v * b_beta[..., None]), b_k * (last - g).exp2(), Aqk, Akk
+    return matmul(Akk, kb), matmul(Akk, b_v * b_beta[..., None]), b_k * (last - g).exp2(), Aqk, Akk

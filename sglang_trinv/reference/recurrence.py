@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sglang_trinv.reference.exact import matmul
 from sglang_trinv.reference.layout import expand_heads, token_ranges
 
 L2NORM_EPS = 1e-6  # as SGLang's l2norm kernels
@@ -91,9 +92,9 @@ def _recurrence(q, k, v, gates, beta, scale, initial_state, cu_seqlens, use_qk_l
         running = sum(length > t for length in lengths)
         rows = starts[:running] + t
         S = state[:running] * decay[rows][:, :, None, :]
-        error = v[rows] - (S @ k[rows][..., None])[..., 0]
+        error = v[rows] - matmul(S, k[rows][..., None])[..., 0]
         S += (beta[rows][..., None] * error)[..., None] * k[rows][:, :, None, :]
-        o[rows] = scale * (S @ q[rows][..., None])[..., 0]
+        o[rows] = scale * matmul(S, q[rows][..., None])[..., 0]
         state[:running] = S
     final_state = torch.empty_like(state)
     final_state[order] = state

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from sglang_trinv.warmup import Shape
 from tests.inputs import Inputs
 from tests.prefill_checks import Call, stock_chain_emulated
 
+ROOT = Path(__file__).parents[2]
 # float16: without the CPU platform the interpreter truncates to bfloat16 where a GPU rounds
 SHAPE = Shape(1, 1, 64, 64, torch.float16, "cpu")
 
@@ -142,3 +146,51 @@ def test_random_state_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class _Good:
     kind, ratio, comparisons = "x", 0.5, ()
+
+
+# What SGLang's batch_invariant_ops do on a GPU with --enable-deterministic-inference.
+REFUSING = """
+import torch
+lib = torch.library.Library("aten", "IMPL")
+def refuse(a, b, out=None):
+    raise ValueError(f"Unsupported dtype {a.dtype} for bmm_batch_invariant")
+for name in ("aten::mm", "aten::bmm"):
+    lib.impl(name, refuse, "CPU")
+try:
+    torch.ones(2, 3, 3).double() @ torch.ones(2, 3, 3).double()
+    raise SystemExit("the products of this PyTorch cannot be replaced")
+except ValueError:
+    pass
+from sglang_trinv import selfcheck
+from sglang_trinv.reference.chunk import naive_fwd_intra, naive_solve_tril
+from sglang_trinv.reference.kda import naive_kda_intra
+from sglang_trinv.reference.recurrence import naive_gated_delta_rule
+from sglang_trinv.warmup import Shape
+def fwd_intra(k, v, g, beta, cu_seqlens, chunk_size, chunk_indices):
+    return tuple(x.to(k.dtype) for x in naive_fwd_intra(k, v, g, beta, cu_seqlens))
+def solve_tril(A, cu_seqlens, output_dtype):
+    return naive_solve_tril(A, cu_seqlens).to(output_dtype)
+def kda_intra(q, k, v, gk, beta, scale, cu_seqlens, *rest):
+    return tuple(x.to(k.dtype) for x in naive_kda_intra(q, k, v, gk, beta, scale, cu_seqlens))
+def prefill(q, k, v, g, beta, initial_state, cu_seqlens, **rest):
+    o, state = naive_gated_delta_rule(
+        q, k, v, g, beta, None, initial_state, cu_seqlens, use_qk_l2norm=True)
+    initial_state.copy_(state)
+    return o.to(v.dtype), initial_state
+shape = Shape(1, 1, 64, 64, torch.float16, "cpu")
+stock = {"fwd_intra": fwd_intra, "solve_tril": solve_tril, "kda_intra": kda_intra,
+         "chunk_gated_delta_rule": prefill}
+assert set(stock) == set(selfcheck.RUN)
+selfcheck.SLACK = 1e6  # these stand-ins round once; whether the kernels are right is not asked here
+for adapter, kernel in stock.items():
+    print(adapter, selfcheck.run(adapter, shape, "auto", kernel, "")["worst_ratio"])
+"""
+
+
+def test_where_the_products_of_pytorch_are_replaced() -> None:
+    """The truth is float64 in deterministic mode too."""
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSING], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == len(selfcheck.RUN)

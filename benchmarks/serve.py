@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from benchmarks import output, serve_models, serve_profile, serve_report
 from sglang_trinv import runs
 from sglang_trinv.serve import config as serve_config
@@ -56,7 +58,7 @@ class Plan:
     arms: tuple[str, ...]
     lengths: tuple[int, ...] = LENGTHS
     concurrency: tuple[int, ...] = CONCURRENCY
-    rounds: int = 3  # measurements at concurrency 1; the first of a shape is thrown away besides
+    rounds: int = 3  # measurements at concurrency 1, after one that is thrown away
     requests: int = 4  # of a measurement at concurrency 1; otherwise as many as are sent at once
     flags: tuple[str, ...] = ()
 
@@ -175,7 +177,10 @@ def measure(plan: Plan, model: Path, servers: dict[str, Server], client: Client)
         for concurrency in plan.concurrency:
             samples: dict[str, list[Row]] = {arm: [] for arm in servers}
             errors: Row = {}
-            for i in range(plan.rounds_at(concurrency) + 1):
+            # The first measurement compiles and tunes. Many long prompts make the calls of one, for
+            # a chunk of the prefill holds no more of them.
+            first = concurrency == min(plan.concurrency) or length == min(plan.lengths)
+            for i in range(not first, plan.rounds_at(concurrency) + 1):
                 names = list(servers)
                 for arm in names[i % len(names) :] + names[: i % len(names)]:
                     seed = length + 1000 * i  # the same prompts for every arm
@@ -183,7 +188,7 @@ def measure(plan: Plan, model: Path, servers: dict[str, Server], client: Client)
                     found = client.measure(words(plan, url, model, length, concurrency, seed))
                     if "error" in found or any(found["errors"]):
                         errors[arm] = found.get("error") or next(filter(None, found["errors"]))
-                    elif i:  # the first compiles and tunes
+                    elif i:
                         samples[arm].append(found)
             for arm in servers:
                 rows.append(row(plan.model, length, concurrency, arm, samples[arm], errors))
@@ -201,12 +206,12 @@ def row(
     if arm in errors or not samples:
         return made | {"error": str(errors.get(arm, "no measurement"))[:300]}
     ttfts = [1e3 * value for found in samples for value in found["ttfts"]]
-    cuts = statistics.quantiles(ttfts, n=10, method="inclusive")
+    p20, p80 = numpy.percentile(ttfts, (20, 80)).tolist()
     return made | {
         "ttft_ms": {
             "median": round(statistics.median(ttfts), 2),
-            "p20": round(cuts[1], 2),
-            "p80": round(cuts[7], 2),
+            "p20": round(p20, 2),
+            "p80": round(p80, 2),
         },
         "prefill_tokens_per_s": round(statistics.median(f["input_throughput"] for f in samples)),
         "requests": len(ttfts),

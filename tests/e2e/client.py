@@ -59,6 +59,13 @@ class Client:
         meta = self.generate(ids, return_logprob=True, top_logprobs_num=TOP)["meta_info"]
         return meta["cached_tokens"], {t: value for value, t, _ in meta["output_top_logprobs"][0]}
 
+    def continued_logprobs(self, ids: list[int], more: list[int]) -> tuple[int, list[float]]:
+        """Number of cached tokens of ``ids``, and the log probability of each of ``more[1:]``."""
+        options = {"return_logprob": True, "logprob_start_len": len(ids)}
+        meta = self.generate(ids + more, **options)["meta_info"]
+        values = [value for value, _, _ in meta["input_token_logprobs"][1 - len(more) :]]
+        return meta["cached_tokens"], values
+
     def flush(self) -> None:
         """Empty the prefix cache."""
         health.post(self.server.config, "/flush_cache")
@@ -114,9 +121,3 @@ def rms(x: list[float], y: list[float]) -> float:
 
 def flat(rows: list[list[float]]) -> list[float]:
     return [value for row in rows for value in row]
-
-
-def next_error(found: dict[int, float], ids: list[int]) -> float:
-    """Distance of ``Client.next_logprobs`` to transformers."""
-    truth = true_logprobs(ids)[-1]
-    return rms(list(found.values()), [truth[token].item() for token in found])

@@ -9,7 +9,7 @@ import pytest
 from openai import OpenAI
 
 from sglang_trinv.serve.health import IMPLEMENTATION
-from tests.e2e.client import LENGTHS, Client, flat, next_error, prompt, rms, true_prompt_logprobs
+from tests.e2e.client import LENGTHS, Client, flat, prompt, rms, true_prompt_logprobs
 from tests.e2e.conftest import CHECKED, CHUNK, PROMPTS, SLACK
 
 LAYERS = 3
@@ -76,18 +76,18 @@ def test_first_calls_agree_with_stock_in_process(ask_ours, of_ours):
 
 def test_prefix_cache_hit(ask_ours, ask_stock):
     """The state of a cached prefix goes on into the next prefill."""
-    ids = prompt(70, seed=2)
-    longer = ids + prompt(20, seed=3)
+    ids, more = prompt(70, seed=2), prompt(20, seed=3)
+    truth = true_prompt_logprobs(ids + more)[len(ids) :]
     errors = {}
     for name, client in (("ours", ask_ours), ("stock", ask_stock)):
-        fresh, logprobs = client.next_logprobs(longer)
+        fresh, logprobs = client.continued_logprobs(ids, more)
         assert fresh == 0
-        alone = next_error(logprobs, longer)
+        alone = rms(logprobs, truth)
         client.flush()
         client.generate(ids)
-        hit, logprobs = client.next_logprobs(longer)
+        hit, logprobs = client.continued_logprobs(ids, more)
         assert 0 < hit <= len(ids)
-        errors[name] = max(alone, next_error(logprobs, longer))
+        errors[name] = max(alone, rms(logprobs, truth))
     assert errors["ours"] <= SLACK * errors["stock"] + 1e-3
 
 

@@ -20,6 +20,11 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 CHECKED = 200
+# NCCL alone adds up: FlashInfer's fused kernels would be compiled at the first start, for minutes.
+TWO = (
+    "--tp-size", "2", "--enforce-disable-flashinfer-allreduce-fusion",
+    "--disable-custom-all-reduce",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +35,9 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str
         "SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": "full", "SGLANG_TRINV_CHECK": str(CHECKED),
     }  # fmt: skip
     arms = {
-        (name, size): Arm(environ, ("--tp-size", str(size)))
+        (name, size): Arm(environ, flags)
         for name, environ in (("stock", None), ("full", ours))
-        for size in (1, 2)
+        for size, flags in ((1, ()), (2, TWO))
     }
     with running(model, arms, tmp_path_factory.mktemp("runs")) as clients:
         yield clients

@@ -8,6 +8,7 @@ arm is profiled at the end, after everything is measured.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,9 +172,10 @@ def start_arms(plan: Plan, model: Path, stack: ExitStack) -> tuple[dict[str, Ser
     return servers, absent
 
 
-def measure(plan: Plan, model: Path, servers: dict[str, Server], client: Client) -> list[Row]:
-    """Every length and concurrency on every server, in turns."""
-    rows = []
+def measure(
+    plan: Plan, model: Path, servers: dict[str, Server], client: Client
+) -> Iterator[list[Row]]:
+    """Every length and concurrency on every server, in turns; the rows of each as they come."""
     for length in plan.lengths:
         for concurrency in plan.concurrency:
             samples: dict[str, list[Row]] = {arm: [] for arm in servers}
@@ -190,10 +193,10 @@ def measure(plan: Plan, model: Path, servers: dict[str, Server], client: Client)
                         errors[arm] = found.get("error") or next(filter(None, found["errors"]))
                     elif i:
                         samples[arm].append(found)
-            for arm in servers:
-                rows.append(row(plan.model, length, concurrency, arm, samples[arm], errors))
-                print(line(rows[-1]), flush=True)
-    return rows
+            rows = [row(plan.model, length, concurrency, arm, samples[arm], errors)
+                    for arm in servers]  # fmt: skip
+            print(*map(line, rows), sep="\n", flush=True)
+            yield rows
 
 
 def row(
@@ -251,26 +254,30 @@ def profiles(servers: dict[str, Server], folder: Path) -> Row:
     return found
 
 
-def run(plan: Plan) -> Row:
-    """Serve and measure one model.
+def run(plan: Plan, found: Row, out: Path) -> None:
+    """Serve and measure one model; write what is known to ``out`` after every case.
 
-    Returns ``rows``, ``absent`` arms with reasons, ``calls`` and ``profiles`` by arm.
+    Adds to ``found``: ``rows``, and by model ``absent`` arms with reasons, ``calls`` and
+    ``profiles`` by arm.
     """
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         model = serve_models.write(plan.model, Path(folder) / plan.model)
         client = Client()  # first: without it there is nothing to start servers for
         stack.callback(client.close)
-        servers, absent = start_arms(plan, model, stack)
-        rows = measure(plan, model, servers, client) if servers else []
+        servers, found["absent"][plan.model] = start_arms(plan, model, stack)
+        found["flags"][plan.model] = list(plan.flags)
+        for rows in measure(plan, model, servers, client) if servers else ():
+            found["rows"] += rows
+            output.write(out, found)
         time.sleep(1.5)  # the counts lag by a second
-        counts = calls(servers)
-        on_gpu = serve_config.detect_device() == "cuda"
-        traces = profiles(servers, Path(folder) / "profiles") if on_gpu else {}
-        return {"rows": rows, "absent": absent, "calls": counts, "profiles": traces}
+        found["calls"][plan.model] = calls(servers)
+        if serve_config.detect_device() == "cuda":
+            found["profiles"][plan.model] = profiles(servers, Path(folder) / "profiles")
+        output.write(out, found)
 
 
 def main(plans: list[Plan], out: Path, minutes: float) -> int:
-    """Measure every plan and write ``out`` after each; exit code 1 if an arm of ours fell back."""
+    """Measure every plan into ``out``; exit code 1 if an arm of ours fell back."""
     found: Row = {
         "provenance": _provenance(), "rows": [], "absent": {}, "calls": {}, "profiles": {},
         "profiled_tokens": PROFILED_TOKENS, "flags": {},
@@ -280,12 +287,7 @@ def main(plans: list[Plan], out: Path, minutes: float) -> int:
         if time.monotonic() - start > 60 * minutes:
             print(f"{plan.model}: no time left")
             break
-        measured = run(plan)
-        found["rows"] += measured["rows"]
-        for part in ("absent", "calls", "profiles"):
-            found[part][plan.model] = measured[part]
-        found["flags"][plan.model] = list(plan.flags)
-        output.write(out, found)
+        run(plan, found, out)
     print(serve_report.table(found))
     serve_report.plot(found, out.with_suffix(".png"))
     wrong = complaints(found["calls"])
@@ -315,5 +317,8 @@ def _provenance() -> Row:
     if torch.cuda.is_available():
         from benchmarks.provenance import provenance
 
-        return provenance(None, serve_config.check_release())
+        made = provenance(None, serve_config.check_release())
+        with suppress(importlib.metadata.PackageNotFoundError):  # the servers load it, not we
+            made["versions"]["flashinfer"] = importlib.metadata.version("flashinfer-python")
+        return made
     return {"argv": sys.argv, "gpu": None, "versions": {"sglang": serve_config.check_release()}}

@@ -98,7 +98,7 @@ def run_arm(
             if arm.kind in PLAIN:
                 raise
             documents, answers = [], None
-            record["failed"] = str(error).splitlines()[0][:300]
+            record["failed"] = str(error).splitlines()[0].replace(f"{folder}/", "")[:300]
         time.sleep(SETTLE_S)
         statuses = health.schedulers(folder)
         record |= {

@@ -14,6 +14,7 @@ from sglang_trinv.evals.gate import Judgement, Margins, Verdict
 from sglang_trinv.evals.plan import (
     EXAMPLES,
     HARMLESS,
+    MODES,
     OUR_METHODS,
     PLAIN,
     STUDIED,
@@ -123,7 +124,7 @@ def judge_run(plan: Plan, answers: list[Answers], margins: Margins) -> Result:
 
 def expected_of(kind: str) -> str:
     """What the gate must say of an arm that is neither "off" nor "on", "" for whatever it likes."""
-    if kind in HARMLESS or kind in OUR_METHODS:
+    if kind in (*HARMLESS, *MODES, *OUR_METHODS):
         return "same"
     return "" if kind in EXAMPLES or STUDIED.fullmatch(kind) else "worse"
 

@@ -24,9 +24,10 @@ from sglang_trinv.evals.errors import EvalError
 
 PLAIN = ("off", "flashinfer", "on")
 HARMLESS = ("bf16_rounding",)  # the gate must pass it
+MODES = ("intra", "full")  # of SGLANG_TRINV_GDN; the arm "on" has the user's, or "auto"
 EXAMPLES = ("bf16_inverse", "mxr16")  # the gate may think what it likes
 OUR_METHODS = METHODS[1:]  # the arm "on" has "auto"
-KINDS = PLAIN + OUR_METHODS + tuple(f for f in FAULTS if f not in ("", *SERVER_FAULTS))
+KINDS = PLAIN + MODES + OUR_METHODS + tuple(f for f in FAULTS if f not in ("", *SERVER_FAULTS))
 SETTINGS = ("SGLANG_TRINV_GDN", "SGLANG_TRINV_KDA", "SGLANG_TRINV_METHOD")
 LEAST_FREE_BYTES = 256 << 20
 # lm-eval ignores a model argument that it does not know, so only these are let through.
@@ -83,7 +84,9 @@ class Arm(BaseModel):
         if self.kernels == "stock":
             return {}
         found = {**settings, "SGLANG_TRINV_STRICT": "1"}
-        if self.kind in OUR_METHODS:
+        if self.kind in MODES:
+            found["SGLANG_TRINV_GDN"] = self.kind
+        elif self.kind in OUR_METHODS:
             found["SGLANG_TRINV_METHOD"] = self.kind
         elif self.kind != "on":
             found |= {"SGLANG_TRINV_GDN": "intra", "SGLANG_TRINV_FAULT": self.kind}

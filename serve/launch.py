@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ STOP_TIMEOUT_S = 15.0
 ORPHAN_TIMEOUT_S = 1.0  # for children whose parent is gone
 KILL_TIMEOUT_S = 5.0
 TAIL_LINES = 15
+ERRORS_BEFORE = 3
+ERROR = re.compile(r"[\w.]*(Error|Exception|Failed|Interrupt)\b(:|$)")  # ends a traceback
 WORKERS = ("sglang::scheduler", "sglang::detokenizer")
 
 
@@ -165,9 +168,14 @@ class Server:
                     yield None
 
     def tail(self, lines: int = TAIL_LINES) -> str:
-        """The last lines of the log, long ones cut, and where the rest is."""
-        text = self.log.read_text(errors="replace").splitlines()[-lines:]
-        return "\n".join([*(line[:300] for line in text), f"(whole log: {self.log})"])
+        """The last lines of the log, errors before them, long lines cut, and where the rest is.
+
+        When a scheduler dies the main process ends with a traceback of its own; the cause is above.
+        """
+        text = [line[:300] for line in self.log.read_text(errors="replace").splitlines()]
+        causes = dict.fromkeys(line for line in text[:-lines] if ERROR.match(line))
+        shown = [*list(causes)[-ERRORS_BEFORE:], *text[-lines:]]
+        return "\n".join([*shown, f"(whole log: {self.log})"])
 
     def _kill(self) -> None:
         assert self.process is not None

@@ -101,6 +101,16 @@ def test_server_that_dies_while_starting(make_server):
     assert gone(pids)
 
 
+def test_the_cause_is_shown_though_it_is_far_above(make_server):
+    server = make_server()
+    cause = "ValueError: Unsupported dtype torch.float64"
+    server.log.write_text("\n".join(["Traceback:", "  raise x", cause, *["line"] * 50, "the end"]))
+    tail = server.tail().splitlines()
+    assert tail[0] == cause
+    assert tail[-2] == "the end"
+    assert len(tail) == 1 + 15 + 1
+
+
 def test_server_that_takes_too_long(make_server):
     server = make_server()
     server.start()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sglang_trinv.serve import health, tiny_model
+from sglang_trinv.serve.config import ServeError
 from sglang_trinv.serve.launch import Server
 
 # Around the chunk of the kernels (64), and more than two prefill chunks of the server (96)
@@ -67,8 +68,16 @@ class Client:
         return meta["cached_tokens"], values
 
     def flush(self) -> None:
-        """Empty the prefix cache."""
-        health.post(self.server.config, "/flush_cache")
+        """Empty the prefix cache; the scheduler refuses until it has put away the last batch."""
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            try:
+                health.post(self.server.config, "/flush_cache")
+                return
+            except ServeError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def schedulers(self) -> list[dict[str, Any]]:
         """Status of the scheduler processes."""
@@ -95,22 +104,19 @@ INTERPRETER = "triton-interpreter"
 
 @functools.cache
 def reference() -> torch.nn.Module:
-    """The same weights in transformers, float32, its own torch code."""
+    """The same weights in transformers, float32, its own torch code; on a GPU if there is one."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(tiny_model.PATH, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model.PATH, dtype=torch.float32).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.no_grad()
-def true_logprobs(ids: list[int]) -> torch.Tensor:
-    """Log probabilities [len(ids), vocabulary] of the token after every token."""
-    return reference()(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-
-
 def true_prompt_logprobs(ids: list[int]) -> list[float]:
     """What ``Client.prompt_logprobs`` should be."""
-    logprobs = true_logprobs(ids)[:-1]
-    return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    tokens = torch.tensor([ids], device=reference().device)
+    logprobs = reference()(tokens).logits[0, :-1].double().log_softmax(-1)
+    return logprobs.gather(1, tokens[0, 1:, None])[:, 0].tolist()
 
 
 def rms(x: list[float], y: list[float]) -> float:

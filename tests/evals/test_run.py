@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from sglang_trinv.evals import arm as arm_module
-from sglang_trinv.evals import harness, plan, run, samples
+from sglang_trinv.evals import harness, judge, plan, run, samples
 from sglang_trinv.evals.errors import EvalError
 from sglang_trinv.evals.plan import arms_of, opened, parse_arms, parse_model_args
 from sglang_trinv.serve import tiny_model
@@ -39,7 +39,12 @@ def test_arms_differ_by_what_they_are_called():
     assert bad.environ({}) == {
         "SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": "intra", "SGLANG_TRINV_FAULT": "no_merges",
     }  # fmt: skip
-    ours, studied = arms_of(("mbh_tf32x3", "MXR8-bf16"))
+    ours, studied, full = arms_of(("mbh_tf32x3", "MXR8-bf16", "full"))
+    assert full.environ({})["SGLANG_TRINV_GDN"] == "full"
+    assert (full.kernels, full.backend) == ("ours", "triton")
+    expected = {"full": "same", "intra": "same", "mbh_tf32x3": "same", "bf16_rounding": "same",
+                "mxr16": "", "MXR8-bf16": "", "no_merges": "worse"}  # fmt: skip
+    assert {kind: judge.expected_of(kind) for kind in expected} == expected
     assert ours.environ({})["SGLANG_TRINV_METHOD"] == "mbh_tf32x3"
     assert "SGLANG_TRINV_FAULT" not in ours.environ({})
     assert studied.environ({})["SGLANG_TRINV_FAULT"] == "MXR8-bf16"

@@ -35,7 +35,7 @@ AT_ONCE, LONGEST = 200, 8000
 DETERMINISTIC = ("--enable-deterministic-inference", "--chunked-prefill-size", "8192")
 MANY = (
     "--tool-call-parser", "qwen3_coder", "--cuda-graph-max-bs-decode", "64",
-    "--max-running-requests", str(AT_ONCE),
+    "--max-running-requests", str(AT_ONCE), "--constrained-json-disable-any-whitespace",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def performance(results: Path) -> str:
         parts += [methods.table(found), "", f"![Methods](../{_shown(path)}.png)", ""]
     for path in sorted(results.glob("serve-*.json")):
         found = json.loads(path.read_text())
-        parts += [f"## Servers: {found['provenance']['gpu']}", "", serve_report.NOTE, ""]
+        parts += [f"## {serve_report.heading(found)}", "", serve_report.NOTE, ""]
         parts += [serve_report.table(found), "", f"![Servers](../{_shown(path)}.png)", ""]
     for path in sorted(results.glob("designs-*.json")):
         found = json.loads(path.read_text())

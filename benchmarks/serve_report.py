@@ -43,9 +43,14 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*head, *cells])} |")
     for model, arms in found["absent"].items():
         lines += [f"\nNot served: {model} {arm}: {why}" for arm, why in arms.items()]
-    flags = {m: " ".join(f) for m, f in found["flags"].items() if f}
-    lines += [f"\nSGLang's flags besides, {m}: `{f}`" for m, f in flags.items()]
+    lines += [f"\n{found['note']}"] if "note" in found else []
     return "\n".join(lines) + profiles(found)
+
+
+def heading(found: dict[str, Any]) -> str:
+    """What was measured: the GPU and SGLang's flags that every arm had."""
+    flags = dict.fromkeys(" ".join(f) for f in found["flags"].values())
+    return ", ".join([f"Servers: {found['provenance']['gpu']}", *(f"`{f}`" for f in flags if f)])
 
 
 def profiles(found: dict[str, Any]) -> str:
@@ -117,7 +122,10 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 if (r["model"], r["arm"]) == (model, arm) and base:
                     points.append((r["prompt_tokens"], ratio(r, base)))
             axes.plot(*zip(*points, strict=True), "o-", label=arm) if points else None
+        lengths = sorted({r["prompt_tokens"] for r in rows if r["model"] == model})
         axes.set(xscale="log", xlabel="prompt tokens", title=model)
+        axes.set_xticks(lengths, [str(n) for n in lengths])
+        axes.set_xticks([], minor=True)
         axes.set_ylabel("time to first token / stock with Triton")
         axes.legend()
     output.save(figure, path, 150)

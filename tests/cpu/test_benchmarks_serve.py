@@ -113,20 +113,21 @@ def found(**medians: float) -> dict[str, object]:
     profile = {"kernels_ms": 10.0, "gdn_ms": 1.0, "longest": []}
     return {
         "rows": rows, "absent": {"m": {"full": "yet to come"}}, "profiled_tokens": 8192,
-        "flags": {"m": ["--attention-backend", "triton"]},
+        "flags": {"m": ["--attention-backend", "triton"]}, "provenance": {"gpu": "GPU"},
         "profiles": {"m": {"triton": profile, "intra": {"error": "no trace"}}},
     }  # fmt: skip
 
 
 def test_table_holds_ours_against_stock() -> None:
-    text = serve_report.table(found(triton=100.0, flashinfer=90.0, intra=98.0, full=95.0))
+    measured = found(triton=100.0, flashinfer=90.0, intra=98.0, full=95.0)
+    text = serve_report.table(measured)
     lines = {line.split(" | ")[3]: line for line in text.splitlines() if line.startswith("| m")}
     assert "| 0.980 (goal 0.985) | 1.089 | 5 |" in lines["intra"]
     assert "| 0.950 (goal 0.94, missed) | 1.056 |" in lines["full"]
     assert "Not served: m full: yet to come" in text
     assert "| m | triton | 10.00 | 1.00 | 10.0% |" in text
     assert "| m | intra | no trace |  |  |" in text
-    assert "besides, m: `--attention-backend triton`" in text
+    assert serve_report.heading(measured) == "Servers: GPU, `--attention-backend triton`"
 
 
 def test_as_many_requests_at_every_concurrency() -> None:

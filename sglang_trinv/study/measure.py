@@ -87,7 +87,7 @@ def compiled(cases: Cases) -> Iterator[Row]:
     stock = _stock() if cases.A.is_cuda else None
     if stock is not None:
         X = _packed(cases, lambda A: stock(A, output_dtype=torch.float32))
-        yield from rows(cases, X, kind="compiled", method="SGLang", precision="tf32")
+        yield from rows(cases, X, kind="compiled", method="SGLang", precision="fp32")  # "ieee"
 
 
 def _packed(cases: Cases, solve: Callable[[Tensor], Tensor]) -> Tensor:

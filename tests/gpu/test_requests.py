@@ -34,7 +34,7 @@ AT_ONCE, LONGEST = 200, 8000
 # multiples of 4096 tokens (SGLANG_TRITON_PREFILL_TRUNCATION_ALIGN_SIZE), which a chunk must hold.
 DETERMINISTIC = ("--enable-deterministic-inference", "--chunked-prefill-size", "8192")
 MANY = (
-    "--tool-call-parser", "qwen3_coder", "--cuda-graph-max-bs-decode", "64",
+    "--tool-call-parser", "qwen25", "--cuda-graph-max-bs-decode", "64",
     "--max-running-requests", str(AT_ONCE), "--constrained-json-disable-any-whitespace",
 )  # fmt: skip
 
@@ -84,11 +84,12 @@ def test_json_schema(openai: OpenAI) -> None:
 def test_tool_call(openai: OpenAI) -> None:
     parameters = {
         "type": "object",
-        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}},
         "required": ["city"],
         "additionalProperties": False,
     }
-    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    function = {"name": "weather", "parameters": parameters, "strict": True}
+    tool = {"type": "function", "function": function}
     answer = openai.chat.completions.create(
         model="tiny", max_tokens=128, temperature=0, tools=[tool], tool_choice="required",
         messages=[{"role": "user", "content": "How is the weather in Rome?"}],

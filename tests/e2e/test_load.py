@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sglang_trinv.serve import health
-from tests.e2e.client import Client, body_of, prompt, rms, true_prompt_logprobs
+from tests.e2e.client import Client, body_of, prompt, true_prompt_logprobs
 from tests.e2e.conftest import SLACK
 
 REQUESTS = 24
@@ -102,7 +102,8 @@ def test_concurrent_requests_with_cancels(ours, stock):
                 found += [value for value, _, _ in meta["input_token_logprobs"][1:]]
                 truth += true_prompt_logprobs(ids)
         assert len(found) > 300
-        errors.append(rms(found, truth))
+        # The mean, not its square: what runs together is chance, and a few tokens make the square.
+        errors.append(sum(abs(a - b) for a, b in zip(found, truth, strict=True)) / len(found))
     assert sum(answer is None for _, answer in of_ours) > 3
     assert 0 < errors[0] <= SLACK * errors[1]
     wait_idle(ours)

@@ -9,16 +9,14 @@ arm is profiled at the end, after everything is measured.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,8 @@ from typing import Any
 import numpy
 
 from benchmarks import output, serve_models, serve_profile, serve_report
+from benchmarks.serve_client import Client
+from benchmarks.serve_report import GOAL_TOKENS
 from sglang_trinv import runs
 from sglang_trinv.serve import config as serve_config
 from sglang_trinv.serve import health
@@ -42,12 +42,6 @@ ARMS = {
 LENGTHS = (2048, 8192, 32768)
 CONCURRENCY = (1, 16)
 START_TIMEOUT_S = 240.0
-PROFILED_TOKENS = 8192
-# Pools of a fixed size, and a share of the memory that other servers' start cannot disturb.
-SHARED_GPU_FLAGS = (
-    "--mem-fraction-static", "0.85", "--max-total-tokens", "262144", "--max-mamba-cache-size", "64",
-    "--max-running-requests", "32", "--cuda-graph-max-bs-decode", "8",
-)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -73,41 +67,6 @@ class Plan:
         return math.ceil(self.rounds * self.requests / self.requests_at(concurrency))
 
 
-class Client:
-    """SGLang's benchmark client in a process of its own."""
-
-    def __init__(self) -> None:
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.serve_client"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
-        )  # fmt: skip
-        ready = self._read()
-        if "error" in ready:
-            raise ServeError(f"SGLang's benchmark client: {ready['error']}")
-
-    def _read(self) -> Row:
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        self.said.seek(0)
-        last = (self.said.read().strip().splitlines() or ["no message"])[-1]
-        return {"error": f"ended with status {self.process.wait()}: {last}"}
-
-    def measure(self, words: list[str]) -> Row:
-        """What the client measured, or ``{"error": ...}``."""
-        try:
-            self.process.stdin.write(json.dumps(words) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        return self._read()
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 def words(plan: Plan, url: str, model: Path, length: int, concurrency: int, seed: int) -> list[str]:
     """The client's command line for one measurement."""
     return [
@@ -128,7 +87,8 @@ def arm_config(plan: Plan, arm: str, model: Path) -> tuple[ServeConfig, Row]:
     )  # fmt: skip
     device = serve_config.detect_device()
     if device == "cuda":
-        flags += SHARED_GPU_FLAGS
+        flags += serve_config.fixed_pools(tokens=262144, states=64, share=0.85)
+        flags += ("--max-running-requests", "32", "--cuda-graph-max-bs-decode", "8")
     flags += plan.flags
     config = ServeConfig(
         model=str(model), kernels=kernels, device=device, port=serve_config.free_port(), extra=flags
@@ -139,37 +99,33 @@ def arm_config(plan: Plan, arm: str, model: Path) -> tuple[ServeConfig, Row]:
 
 def start_arms(plan: Plan, model: Path, stack: ExitStack) -> tuple[dict[str, Server], Row]:
     """Start the arms side by side; return the servers and why others are missing."""
-    started: dict[str, Server] = {}
+    servers: dict[str, Server] = {}
     absent: Row = {}
 
-    def missing(arm: str, error: Exception) -> None:
-        absent[arm] = str(error).splitlines()[0]
-        print(f"{plan.model} {arm}: not served: {error}", flush=True)
+    @contextmanager
+    def or_absent(arm: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            absent[arm] = str(error).splitlines()[0]
+            print(f"{plan.model} {arm}: not served: {error}", flush=True)
 
     for arm in plan.arms:
         config, more = arm_config(plan, arm, model)
         environ = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_TRINV")} | more
-        server = Server(config, runs.new_run_dir(), environ)
-        try:
+        with or_absent(arm):
             serve_config.check(config, environ)
+            server = Server(config, runs.new_run_dir(), environ)
             server.start()
-        except ServeError as error:
-            missing(arm, error)
-            continue
-        stack.callback(server.stop)
-        started[arm] = server
-    servers = {}
-    for arm, server in started.items():
-        try:
-            server.wait_healthy(START_TIMEOUT_S)
-        except ServeError as error:
+            stack.callback(server.stop)
+            servers[arm] = server
+    for arm, server in servers.items():
+        with or_absent(arm):
+            seconds = server.wait_healthy(START_TIMEOUT_S)
+            print(f"{plan.model} {arm}: ready after {seconds:.0f} s", flush=True)
+        if arm in absent:
             server.stop()
-            missing(arm, error)
-            continue
-        servers[arm] = server
-        seconds = time.monotonic() - server.started
-        print(f"{plan.model} {arm}: ready after {seconds:.0f} s", flush=True)
-    return servers, absent
+    return {arm: server for arm, server in servers.items() if arm not in absent}, absent
 
 
 def measure(
@@ -182,8 +138,8 @@ def measure(
             errors: Row = {}
             # The first measurement compiles and tunes. Many long prompts make the calls of one, for
             # a chunk of the prefill holds no more of them.
-            first = concurrency == min(plan.concurrency) or length == min(plan.lengths)
-            for i in range(not first, plan.rounds_at(concurrency) + 1):
+            warm = concurrency != min(plan.concurrency) and length != min(plan.lengths)
+            for i in range(1 if warm else 0, plan.rounds_at(concurrency) + 1):
                 names = list(servers)
                 for arm in names[i % len(names) :] + names[: i % len(names)]:
                     seed = length + 1000 * i  # the same prompts for every arm
@@ -248,7 +204,7 @@ def profiles(servers: dict[str, Server], folder: Path) -> Row:
     found = {}
     for arm, server in servers.items():
         try:
-            found[arm] = serve_profile.profile(server.config, PROFILED_TOKENS, folder / arm)
+            found[arm] = serve_profile.profile(server.config, GOAL_TOKENS, folder / arm)
         except ServeError as error:
             found[arm] = {"error": str(error)}
     return found
@@ -280,7 +236,7 @@ def main(plans: list[Plan], out: Path, minutes: float) -> int:
     """Measure every plan into ``out``; exit code 1 if an arm of ours fell back."""
     found: Row = {
         "provenance": _provenance(), "rows": [], "absent": {}, "calls": {}, "profiles": {},
-        "profiled_tokens": PROFILED_TOKENS, "flags": {},
+        "profiled_tokens": GOAL_TOKENS, "flags": {},
     }  # fmt: skip
     start = time.monotonic()
     for plan in plans:

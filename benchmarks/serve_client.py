@@ -15,11 +15,14 @@ import importlib.machinery
 import importlib.util
 import io
 import json
+import subprocess
 import sys
 import tempfile
 import types
 from pathlib import Path
 from typing import Any
+
+from sglang_trinv.serve.config import ServeError
 
 MODULE = "sglang.benchmark.serving"
 KEPT = ("ttfts", "input_throughput", "completed", "errors")
@@ -39,6 +42,41 @@ def run(client: Any, words: list[str]) -> dict[str, Any]:
             tail = said.getvalue().strip().splitlines()[-3:]
             return {"error": f"{type(error).__name__}: {error}; {' | '.join(tail)}"}
     return {name: found[name] for name in KEPT}
+
+
+class Client:
+    """SGLang's benchmark client in a process of its own."""
+
+    def __init__(self) -> None:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.serve_client"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True,
+        )  # fmt: skip
+        ready = self._read()
+        if "error" in ready:
+            raise ServeError(f"SGLang's benchmark client: {ready['error']}")
+
+    def _read(self) -> dict[str, Any]:
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.said.seek(0)
+        last = (self.said.read().strip().splitlines() or ["no message"])[-1]
+        return {"error": f"ended with status {self.process.wait()}: {last}"}
+
+    def measure(self, words: list[str]) -> dict[str, Any]:
+        """What the client measured, or ``{"error": ...}``."""
+        try:
+            self.process.stdin.write(json.dumps(words) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self._read()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def stand_in_for_datasets() -> None:

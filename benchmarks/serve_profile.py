@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sglang_trinv.serve.config import ServeConfig, ServeError
 # included), FlashInfer's kernels, ours. Convolution and gates are the same in every arm.
 GDN = re.compile(
     r"l2norm_fwd|chunk_local_cumsum|chunk_scaled_dot_kkt|solve_tril|to_64x64_inverse|kkt_solve"
-    r"|recompute_w_u|chunk_gated_delta_rule|chunk_fwd_kernel_o|flashinfer\w*gdn|gdn_kernels"
+    r"|recompute_w_u|chunk_fwd_kernel_o|flashinfer\w*gdn|gdn_kernels"
     r"|delta_rule|fwd_intra_kernel|inverse_kernel|scores_kernel|state_kernel|transfer_kernel"
     r"|combine_kernel"
 )
@@ -48,11 +49,8 @@ def _trace(folder: Path) -> Row:
     """The trace in ``folder``, once it is whole."""
     end = time.monotonic() + TRACE_TIMEOUT_S
     while time.monotonic() < end:
-        for path in folder.rglob("*.trace.json.gz"):
-            try:
-                return json.loads(gzip.decompress(path.read_bytes()))
-            except (EOFError, OSError, ValueError):
-                break  # it is being written
+        with suppress(StopIteration, EOFError, OSError, ValueError):  # not there, being written
+            return json.loads(gzip.decompress(next(folder.rglob("*.trace.json.gz")).read_bytes()))
         time.sleep(0.2)
     raise ServeError(f"the profiler left no trace in {folder}")
 

@@ -21,15 +21,11 @@ from sglang_trinv.evals.probe import Probe
 from sglang_trinv.evals.samples import Document
 from sglang_trinv.evals.suites import SUITES
 from sglang_trinv.serve import health
-from sglang_trinv.serve.config import ServeConfig, check, free_port
+from sglang_trinv.serve.config import ServeConfig, check, fixed_pools, free_port
 from sglang_trinv.serve.launch import Server
 
 START_TIMEOUT_S = 1800.0
 SETTLE_S = 3.0  # a status file lags its process
-# Side by side: pools of a fixed size, and a share that other servers' start cannot disturb.
-SHARED_GPU_FLAGS = ("--mem-fraction-static", "0.6", "--max-total-tokens", "131072",
-                    "--max-running-requests", "32", "--max-mamba-cache-size", "160")  # fmt: skip
-
 
 _importing = threading.Lock()
 
@@ -44,7 +40,8 @@ def serve_config(plan: Plan, arm: Arm, shared: bool) -> ServeConfig:
     if not plan.prefix_cache:
         flags.append("--disable-radix-cache")
     if shared:
-        flags += SHARED_GPU_FLAGS
+        flags += fixed_pools(tokens=131072, states=160, share=0.6)
+        flags += ("--max-running-requests", "32")
     return ServeConfig(
         model=plan.model, kernels=arm.kernels, device=plan.device, port=free_port(),
         extra=(*flags, *plan.flags),

@@ -33,7 +33,8 @@ ModelOption = Annotated[str, typer.Option(help="Folder or hub id. Default: the e
 SuiteOption = Annotated[str, typer.Option(help="quick, tiny or real.")]
 TasksOption = Annotated[str, typer.Option(help="lm-eval tasks, by commas, instead of the suite's.")]
 ArmsOption = Annotated[
-    str, typer.Option(help="Servers, by commas: off, on, flashinfer, or a fault of the self-test.")
+    str,
+    typer.Option(help="Servers, by commas: off, on, intra, full, flashinfer, a method or a fault."),
 ]
 OutOption = Annotated[
     Path | None,

@@ -78,6 +78,15 @@ def gpus() -> int:
     return torch.cuda.device_count()
 
 
+def fixed_pools(tokens: int, states: int, share: float) -> tuple[str, ...]:
+    """SGLang's flags for one of several servers on a GPU: pools of a fixed size, and a share of its
+    memory that is large enough not to limit them while the other servers start."""
+    return (
+        "--mem-fraction-static", str(share), "--max-total-tokens", str(tokens),
+        "--max-mamba-cache-size", str(states),
+    )  # fmt: skip
+
+
 def check(config: ServeConfig, environ: Mapping[str, str]) -> None:
     """Refuse what is known to fail, before a minute of start-up.
 

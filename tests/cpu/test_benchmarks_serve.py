@@ -7,11 +7,13 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from benchmarks import serve, serve_models, serve_profile, serve_report
+from sglang_trinv.errors import TargetMissing
 from sglang_trinv.serve.tiny_model import layout
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,39 @@ def test_arms_differ_by_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert made["full"][1] == {"SGLANG_TRINV_STRICT": "1", "SGLANG_TRINV_GDN": "full"}
     different = set(made["flashinfer"][0].extra) ^ set(made["triton"][0].extra)
     assert different == {"flashinfer", "triton"}
+
+
+def test_an_arm_that_cannot_start_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason: a release that is not in the table is none of the server's errors."""
+    stopped = []
+
+    class FakeServer:
+        def __init__(self, config: object, run_dir: object, environ: dict[str, str]) -> None:
+            self.gdn = environ.get("SGLANG_TRINV_GDN")
+
+        def start(self) -> None:
+            pass
+
+        def wait_healthy(self, timeout_s: float) -> float:
+            if self.gdn == "intra":
+                raise serve.ServeError("ended with status 1\nits log")
+            return 1.0
+
+        def stop(self) -> None:
+            stopped.append(self.gdn)
+
+    def check(config: object, environ: dict[str, str]) -> None:
+        if environ.get("SGLANG_TRINV_GDN") == "full":
+            raise TargetMissing("no such release")
+
+    monkeypatch.setattr(serve, "Server", FakeServer)
+    monkeypatch.setattr(serve.serve_config, "check", check)
+    plan = serve.Plan("m", ("triton", "intra", "full"))
+    with ExitStack() as stack:
+        servers, absent = serve.start_arms(plan, Path("m"), stack)
+        assert list(servers) == ["triton"]
+        assert absent == {"intra": "ended with status 1", "full": "no such release"}
+        assert stopped == ["intra"]
 
 
 class FakeClient:

@@ -151,7 +151,8 @@ class _Good:
 # What SGLang's batch_invariant_ops do on a GPU with --enable-deterministic-inference.
 REFUSING = """
 import torch
-lib = torch.library.Library("aten", "IMPL")
+from torch import library
+lib = library.Library("aten", "IMPL")
 def refuse(a, b, out=None):
     raise ValueError(f"Unsupported dtype {a.dtype} for bmm_batch_invariant")
 for name in ("aten::mm", "aten::bmm"):
@@ -162,28 +163,25 @@ try:
 except ValueError:
     pass
 from sglang_trinv import selfcheck
-from sglang_trinv.reference.chunk import naive_fwd_intra, naive_solve_tril
-from sglang_trinv.reference.kda import naive_kda_intra
+from sglang_trinv.ops.torch_path import fwd_intra_torch, kda_intra_torch, solve_tril_torch
 from sglang_trinv.reference.recurrence import naive_gated_delta_rule
 from sglang_trinv.warmup import Shape
-def fwd_intra(k, v, g, beta, cu_seqlens, chunk_size, chunk_indices):
-    return tuple(x.to(k.dtype) for x in naive_fwd_intra(k, v, g, beta, cu_seqlens))
-def solve_tril(A, cu_seqlens, output_dtype):
-    return naive_solve_tril(A, cu_seqlens).to(output_dtype)
-def kda_intra(q, k, v, gk, beta, scale, cu_seqlens, *rest):
-    return tuple(x.to(k.dtype) for x in naive_kda_intra(q, k, v, gk, beta, scale, cu_seqlens))
 def prefill(q, k, v, g, beta, initial_state, cu_seqlens, **rest):
     o, state = naive_gated_delta_rule(
         q, k, v, g, beta, None, initial_state, cu_seqlens, use_qk_l2norm=True)
     initial_state.copy_(state)
     return o.to(v.dtype), initial_state
-shape = Shape(1, 1, 64, 64, torch.float16, "cpu")
-stock = {"fwd_intra": fwd_intra, "solve_tril": solve_tril, "kda_intra": kda_intra,
-         "chunk_gated_delta_rule": prefill}
+stock = {
+    "fwd_intra": lambda *call: fwd_intra_torch(*call[:5], return_A=False),
+    "solve_tril": solve_tril_torch,
+    "kda_intra": lambda *call: kda_intra_torch(*call[:7], return_A=False),
+    "chunk_gated_delta_rule": prefill,
+}
 assert set(stock) == set(selfcheck.RUN)
 selfcheck.SLACK = 1e6  # these stand-ins round once; whether the kernels are right is not asked here
 for adapter, kernel in stock.items():
-    print(adapter, selfcheck.run(adapter, shape, "auto", kernel, "")["worst_ratio"])
+    shape = Shape(1, 1, 64, 64, torch.float16, "cpu")
+    print(adapter, selfcheck.run(adapter, shape, "auto", kernel)["worst_ratio"])
 """
 
 

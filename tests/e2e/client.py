@@ -80,8 +80,9 @@ class Client:
                 time.sleep(0.05)
 
     def schedulers(self) -> list[dict[str, Any]]:
-        """Status of the scheduler processes."""
-        return health.schedulers(self.server.run_dir)
+        """Status of the scheduler processes, without where its file lies."""
+        found = health.schedulers(self.server.run_dir)
+        return [{key: value for key, value in s.items() if key != "file"} for s in found]
 
     def calls(self) -> dict[str, int]:
         """Calls by implementation, once the counts have come to rest."""

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from sglang_trinv.serve.config import ServeConfig, free_port
+from sglang_trinv.serve.config import ServeConfig, fixed_pools, free_port
 from sglang_trinv.serve.launch import Server
 from tests.e2e.client import Client
 
 START_S = 300.0
 FLAGS = (
     "--linear-attn-prefill-backend", "triton", "--attention-backend", "triton",
-    "--sampling-backend", "pytorch", "--mem-fraction-static", "0.4", "--max-total-tokens",
-    "131072", "--max-mamba-cache-size", "256", "--cuda-graph-max-bs-decode", "8",
-    "--chunked-prefill-size", "2048",
+    "--sampling-backend", "pytorch", *fixed_pools(tokens=131072, states=256, share=0.4),
+    "--cuda-graph-max-bs-decode", "8", "--chunked-prefill-size", "2048",
 )  # fmt: skip
 Name = TypeVar("Name")
 

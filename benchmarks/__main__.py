@@ -127,14 +127,14 @@ def _resources(out: Path) -> int:
     import triton
 
     from benchmarks import output, report
-    from benchmarks.resources import ARCHITECTURES, KERNELS, compile_kernel
+    from benchmarks.resources import ARCHITECTURES, compile_kernel, names
 
-    names = [name for name in KERNELS for _ in ARCHITECTURES]
+    jobs = [(name, arch) for arch in ARCHITECTURES for name in names(arch)]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as empty:  # what was compiled before would take no time
         os.environ["TRITON_CACHE_DIR"] = empty
         with ProcessPoolExecutor(os.cpu_count(), context) as pool:
-            compiled = pool.map(compile_kernel, names, [*ARCHITECTURES] * len(KERNELS))
+            compiled = pool.map(compile_kernel, *zip(*jobs, strict=True))
             rows = [resources.as_dict() for resources in compiled]
     found = {"triton": triton.__version__, "rows": rows}
     output.write(out, found)

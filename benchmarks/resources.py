@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory and compile time of every portable kernel, everywhere.
+"""Registers, spills, shared memory and compile time: portable kernels everywhere, Hopper's there.
 
 No GPU is needed: Triton compiles ahead of time. Registers and spills come from NVIDIA's own
 ``cuobjdump``, which Triton's package carries.
@@ -19,22 +19,30 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
 
 from sglang_trinv.kernels import (
     fwd_intra,
+    fwd_intra_sm90,
+    inverse_sm90,
     kda_intra,
     prefill_prepare,
     prefill_segments,
     prefill_state,
     solve_tril,
+    solve_tril_sm90,
 )
 from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, PrefillConfig
+from sglang_trinv.ops.tiles_sm90 import TILE, TRIL_REGS, WARP_REGS
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
-HALF = ("q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk", "inverses", "scores", "o", "h")
+HALF = (
+    "q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk", "inverses", "out", "scores", "o", "h",
+)  # fmt: skip
 FLOAT = ("A", "g", "gk", "beta", "factors", "state", "starts", "ends", "track")
 SCALAR = ("scale", "unit")
+TILES = f"tensordesc<bf16[64, 64],{TILE!r}>"
 INDEX = ("cu_seqlens", "chunk_indices", "state_indices", "track_chunks")
 SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128, "BK": 128, "BDK": 64, "BDV": 64}
 FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
@@ -87,6 +95,13 @@ def _segments(function: str, warps: int, **constants: Any) -> tuple[str, str, di
     return "prefill_segments", function, constants, {"num_warps": warps, "num_stages": 2}
 
 
+def _hopper(module: str, absent: str, maxnreg: int, **more: Any) -> tuple[str, str, dict, dict]:
+    function = f"{module.removesuffix('_sm90')}_kernel_sm90"
+    constants = {"H": 32, "VARLEN": True, **dict.fromkeys(absent.split()), **more}
+    tiles = ("k", "v", *(f"{n}_desc" for n in ("w", "u", "A", "Ai", "out")))
+    return module, function, constants, {"num_warps": 1, "maxnreg": maxnreg, "tiles": tiles}
+
+
 KERNELS = {
     "kkt_solve fp16": _step("A", "fp16", 2),
     "kkt_solve bf16x3": _step("A", "bf16x3", 2),
@@ -108,10 +123,18 @@ KERNELS = {
         HAS_INDICES=True,
     ),
 }  # fmt: skip
+HOPPER = {
+    "kkt_solve fp16, Hopper": _hopper("inverse_sm90", "factors", WARP_REGS, Hg=16, NORM=False),
+    "fwd_intra fp16, Hopper": _hopper("fwd_intra_sm90", "A_desc Ai", WARP_REGS, Hg=16),
+    "solve_tril 64 fp16, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16"),
+    "solve_tril 64 fp16x2, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16x2"),
+    "prefill inverse fp16, Hopper": _hopper("inverse_sm90", "out", WARP_REGS, Hg=16, NORM=True),
+}
 MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        fwd_intra, kda_intra, prefill_prepare, prefill_segments, prefill_state, solve_tril
+        fwd_intra, fwd_intra_sm90, inverse_sm90, kda_intra, prefill_prepare, prefill_segments,
+        prefill_state, solve_tril, solve_tril_sm90,
     )
 }  # fmt: skip
 
@@ -132,16 +155,25 @@ class Resources:
         return asdict(self)
 
 
+def names(arch: int | str) -> tuple[str, ...]:
+    """What there is for an sm number or a gfx name."""
+    return (*KERNELS, *(HOPPER if arch == 90 else ()))
+
+
 def compile_kernel(name: str, arch: int | str) -> Resources:
-    """Compile the kernel called ``name`` (a key of KERNELS) for an sm number or a gfx name."""
-    module, function, constants, options = KERNELS[name]
+    """Compile the kernel called ``name``, one of ``names(arch)``."""
+    module, function, constants, options = (KERNELS | HOPPER)[name]
+    options = {"num_warps": 1, "num_stages": 1, **(options if isinstance(arch, int) else {})}
+    tiles = options.pop("tiles", ())
     kernel = getattr(MODULES[module], function)
     source = _compilable(kernel)
     cuda = isinstance(arch, int)
     if not cuda and constants.get("DOT") == "tf32x3":  # as the op: AMD's compiler does not know it
         constants = {**constants, "DOT": "ieee"}
     target = GPUTarget("cuda", arch, 32) if cuda else GPUTarget("hip", arch, 64)
-    signature = {n: _type(n, constants) for n in source.arg_names}
+    signature = {n: TILES if n in tiles else _type(n, constants) for n in source.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    language = GluonASTSource if tiles else ASTSource
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(source.arg_names)
@@ -150,9 +182,9 @@ def compile_kernel(name: str, arch: int | str) -> Resources:
     places = {(source.arg_names.index(n),): value for n, value in constants.items()}
     start = time.perf_counter()
     made = triton.compile(
-        ASTSource(fn=source, signature=signature, constexprs=places, attrs=aligned),
+        language(fn=source, signature=signature, constexprs=places, attrs=aligned),
         target=target,
-        options={"num_warps": 1, "num_stages": 1, **(options if cuda else {})},
+        options=options,
     )
     seconds = time.perf_counter() - start
     binary = made.asm["cubin" if cuda else "hsaco"]

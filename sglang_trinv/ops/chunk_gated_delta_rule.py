@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from sglang_trinv.kernels.configs import PrefillConfig, kkt_solve_config, prefill_config
 from sglang_trinv.kernels.prefill_prepare import inverse_kernel, scores_kernel
 from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, want
-from sglang_trinv.ops.launch import launch
+from sglang_trinv.ops.launch import capability, launch
 from sglang_trinv.ops.methods import dot_precision, implementation
 from sglang_trinv.ops.prefill_state import io_dtype, run_state
 
@@ -113,7 +112,7 @@ def chunk_gated_delta_rule(
     )
     norm = use_qk_l2norm_in_kernel
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm)
+    prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config.state)
     run_state(q, k, v, space, o, h, pool, cu_seqlens, scale, T, N, norm, config)
     return o, None, h
 
@@ -198,19 +197,15 @@ def _config(q, k, v, N: int, batch_invariant: bool) -> PrefillConfig:
     K = k.shape[3]
     fits = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0 and K == V == 128
     fits = fits and (q.stride(1) | k.stride(1) | v.stride(1)) % 8 == 0
-    capability = _capability(k.get_device()) if k.is_cuda and fits else (0, 0)
+    found = capability(k.get_device()) if k.is_cuda and fits else (0, 0)
     return prefill_config(
-        capability, N * H * V // 64, B * T // 64 // N + 1, (V + K) / V, not batch_invariant
+        found, N * H * V // 64, B * T // 64 // N + 1, (V + K) / V, not batch_invariant
     )
 
 
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    # ROCm's numbers mean something else, and its compiler knows no Gluon kernel for Hopper.
-    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
-
-
-def prepare(q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, DOT, norm) -> None:
+def prepare(
+    q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, DOT, norm, state
+) -> None:
     """Fill ``space``: all that needs no state."""
     slots, H = space.factors.shape[:2]
     Hg, K = k.shape[2:]
@@ -219,13 +214,18 @@ def prepare(q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, 
         k.get_device(), k.dtype, beta.dtype, varlen and cu_seqlens.dtype, H, Hg, K, s_q, s_k, norm,
         (q.data_ptr() | k.data_ptr() | g.data_ptr() | beta.data_ptr()) % 16 == 0,
     )  # fmt: skip
-    group = kkt_solve_config(H // Hg, slots, Hg).group
-    launch(
-        inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
-        (k, g, beta, space.inverses, space.factors, cu_seqlens, T, N, s_k,
-         H, Hg, K, group, K, 64, DOT, io, varlen, norm),
-        num_warps=1, num_stages=1,
-    )  # fmt: skip
+    if state == "sm90" and DOT == "fp16":
+        from sglang_trinv.ops.prefill_sm90 import run_inverse_sm90
+
+        run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm)
+    else:
+        group = kkt_solve_config(H // Hg, slots, Hg).group
+        launch(
+            inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
+            (k, g, beta, space.inverses, space.factors, cu_seqlens, T, N, s_k,
+             H, Hg, K, group, K, 64, DOT, io, varlen, norm),
+            num_warps=1, num_stages=1,
+        )  # fmt: skip
     if space.scores is None:
         return
     group = H // Hg

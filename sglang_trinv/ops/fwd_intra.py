@@ -9,6 +9,7 @@ from sglang_trinv.kernels.configs import FWD_INTRA, kkt_solve_config
 from sglang_trinv.kernels.fwd_intra import fwd_intra_kernel
 from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, want
 from sglang_trinv.ops.chunks import chunk_grid
+from sglang_trinv.ops.launch import capability
 from sglang_trinv.ops.methods import dot_precision, implementation, interpreted
 from sglang_trinv.ops.torch_path import fwd_intra_torch
 
@@ -126,12 +127,28 @@ def tile(size: int, most: int) -> int:
     return min(most, size & -size)
 
 
+def fits_hopper(k: torch.Tensor, v: torch.Tensor | None, Ai: torch.Tensor | None) -> bool:
+    """Whether the kernel for Hopper takes the call: its tiles have 128 columns, copied by TMA."""
+    tensors = [x for x in (k, v, Ai) if x is not None]
+    return (
+        k.is_cuda
+        and capability(k.get_device()) == (9, 0)
+        and k.shape[3] == 128 == (128 if v is None else v.shape[3])
+        and all(x.dtype == k.dtype and x.data_ptr() % 16 == 0 for x in tensors)
+    )
+
+
 def _launch(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, DOT):
     B, T, Hg, K = k.shape
     H = beta.shape[2]
     V = v.shape[3] if v is not None else 16
     NT = chunk_grid(T, 64, cu_seqlens, chunk_indices)
     if NT * H * B == 0:
+        return
+    if DOT == "fp16" and fits_hopper(k, v, Ai):
+        from sglang_trinv.ops.intra_sm90 import run_intra_sm90
+
+        run_intra_sm90(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, NT)
         return
     config = kkt_solve_config(H // Hg, NT * B, Hg) if v is None else FWD_INTRA
     fwd_intra_kernel[(NT, H // config.group, B)](

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from triton import knobs
 from triton.runtime import driver
 
 NO_HOOKS = (None, None, None)  # metadata for them, before and after a launch
 _compiled: dict[Hashable, Any] = {}
+
+
+@functools.cache
+def capability(index: int) -> tuple[int, int]:
+    """Compute capability of a device."""
+    # ROCm's numbers mean something else, and its compiler knows no Gluon kernel for Hopper.
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability(index)
 
 
 def launch(

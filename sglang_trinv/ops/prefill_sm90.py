@@ -1,34 +1,15 @@
-"""Launches of the Hopper state pass: tensor descriptors around the tensors' own memory."""
+"""Launches of the whole prefill's kernels for Hopper."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from triton.experimental.gluon.language import NVMMASharedLayout
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
+from sglang_trinv.kernels.inverse_sm90 import inverse_kernel_sm90
 from sglang_trinv.kernels.prefill_state_sm90 import state_kernel_sm90
 from sglang_trinv.kernels.prefill_transfer_sm90 import transfer_kernel_sm90
 from sglang_trinv.ops.launch import launch
 from sglang_trinv.ops.prefill_state import call_key, pass_flags, slot_stride
-
-TILE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-FLAT = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-
-
-class Tiles(TensorDescriptor):
-    """A descriptor without the base class's checks, which take longer than a launch."""
-
-    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], tile: list[int]):
-        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, tile
-        self.layout = TILE if tile[0] == 64 else FLAT
-
-
-def rows(x: torch.Tensor, width: int) -> Tiles:
-    """[B, T, H, D] as rows of H * D columns in tiles of [64, width]."""
-    B, T, H, D = x.shape
-    return Tiles(x, [B * T, H * D], [x.stride(1), 1], [64, width])
+from sglang_trinv.ops.tiles_sm90 import WARP_REGS, Tiles, programs, rows
 
 
 def workspace(space: Any) -> tuple[Tiles, Tiles | None, Tiles]:
@@ -39,6 +20,22 @@ def workspace(space: Any) -> tuple[Tiles, Tiles | None, Tiles]:
         None if space.scores is None else Tiles(space.scores, [n * 64, 64], [64, 1], [64, 64]),
         Tiles(space.factors, [n * 6, 64], [64, 1], [8, 64]),
     )
+
+
+def run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm) -> None:
+    """As the launch of inverse_kernel in ``chunk_gated_delta_rule.prepare``, products in fp16."""
+    slots, H = space.factors.shape[:2]
+    varlen = cu_seqlens is not None
+    key = (
+        "prefill", k.get_device(), k.dtype, g.dtype, beta.dtype, varlen and cu_seqlens.dtype,
+        H, k.shape[2], norm, (g.data_ptr() | beta.data_ptr()) % 16 == 0, k.stride(1),
+    )  # fmt: skip
+    launch(
+        inverse_kernel_sm90, key, (programs(k.get_device(), slots * H), 1, 1),
+        (rows(k, 64), g, beta, workspace(space)[0], None, space.factors, cu_seqlens, None, T, N,
+         T // 64 + 1, slots * H, H, k.shape[2], varlen, norm),
+        num_warps=1, maxnreg=WARP_REGS,
+    )  # fmt: skip
 
 
 def run_state_sm90(

@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 
 from sglang_trinv.kernels.solve_tril import solve_tril_kernel
-from sglang_trinv.ops.check import FLOATS, check_tensor, check_varlen, want
+from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, want
 from sglang_trinv.ops.chunks import chunk_grid
+from sglang_trinv.ops.launch import capability
 from sglang_trinv.ops.methods import AUTO, dot_precision, implementation
 from sglang_trinv.ops.torch_path import solve_tril_torch
+
+
+def fits_hopper(Ai: torch.Tensor) -> bool:
+    """Whether the kernel for Hopper takes the call: chunks of 64, 16-bit results copied by TMA."""
+    return (
+        Ai.is_cuda
+        and capability(Ai.get_device()) == (9, 0)
+        and Ai.shape[3] == 64
+        and Ai.dtype in HALF
+    )
 
 
 def solve_tril(
@@ -49,7 +60,13 @@ def solve_tril(
         return solve_tril_torch(A, cu_seqlens, output_dtype)
     Ai = torch.empty_like(A, dtype=output_dtype)
     NT = chunk_grid(T, BT, cu_seqlens, chunk_indices)
-    if NT * H * B > 0:
+    if NT * H * B == 0:
+        return Ai
+    if DOT in ("fp16", "fp16x2") and fits_hopper(Ai):
+        from sglang_trinv.ops.intra_sm90 import run_solve_tril_sm90
+
+        run_solve_tril_sm90(A, Ai, cu_seqlens, chunk_indices, NT, DOT)
+    else:
         solve_tril_kernel[(NT, H, B)](
             A, Ai, cu_seqlens, chunk_indices, T, H=H, BT=BT, DOT=DOT,
             VARLEN=cu_seqlens is not None, num_warps=1, num_stages=1,

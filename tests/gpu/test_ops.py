@@ -5,6 +5,7 @@ SGLang's fla kernels must be importable; they are what the tolerance is earned f
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -29,9 +30,19 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(params=["this GPU's", "portable"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On Hopper the kernels in Gluon, and Triton's, which serve other GPUs and shapes."""
+    if request.param == "portable":
+        for name in ("fwd_intra", "solve_tril"):
+            module = importlib.import_module(f"sglang_trinv.ops.{name}")
+            monkeypatch.setattr(module, "fits_hopper", lambda *tensors: False)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", HARD_INPUTS)
-def test_hard_inputs(name: str, dtype: torch.dtype, record_property) -> None:
+def test_hard_inputs(name: str, dtype: torch.dtype, kernels: str, record_property) -> None:
     x = HARD_INPUTS[name].build(512, Hg=4, H=4, dtype=dtype, device="cuda").summed()
     for output, (error, allowed) in check_fwd_intra(x).items():
         record_property(output, f"{error:.3e} of {allowed:.3e}")
@@ -49,7 +60,7 @@ def test_tf32_on_hard_inputs() -> None:
 
 
 @pytest.mark.parametrize("name", LENGTHS)
-def test_lengths(name: str) -> None:
+def test_lengths(name: str, kernels: str) -> None:
     lengths = LENGTHS[name] if isinstance(LENGTHS, dict) else name
     if sum(lengths):
         x = HARD_INPUTS["random"].build(sum(lengths), 4, 4, lengths=lengths, device="cuda")
@@ -89,6 +100,25 @@ def test_bitwise_alone_packed_reordered_and_again(ragged) -> None:
         )  # fmt: skip
         for a, b in zip(packed, run_fwd_intra(cut), strict=True):
             assert torch.equal(a[:, begin:end], b)
+    A = ops.kkt_solve(ragged.k, ragged.g, ragged.beta, ragged.cu_seqlens)
+    assert torch.equal(A, packed[2])  # no matter how many programs share the chunks
+
+
+@pytest.mark.parametrize("g", [True, False])
+def test_rows_of_a_batch(g: bool, kernels: str) -> None:
+    """Without cu_seqlens, three rows at once as each alone, the last chunk of each ragged."""
+    case = HARD_INPUTS["cosine 0.98"]
+    x = case.build(600, 4, 8, lengths=[200] * 3, device="cuda").summed()
+    cut = {n: getattr(x, n).reshape(3, 200, *getattr(x, n).shape[2:]) for n in ("k", "v", "beta")}
+    gates = x.g.reshape(3, 200, 8) if g else None
+    together = ops.fwd_intra(cut["k"], cut["v"], gates, cut["beta"], return_A=True)
+    for i in range(3):
+        k, v, beta = (cut[n][i : i + 1] for n in ("k", "v", "beta"))
+        gate = gates[i : i + 1] if g else None
+        alone = ops.fwd_intra(k, v, gate, beta, return_A=True)
+        for a, b in zip(together, alone, strict=True):
+            assert torch.equal(a[i : i + 1], b)
+        assert torch.equal(ops.kkt_solve(k, gate, beta), alone[2])
 
 
 def test_cuda_graph_and_no_synchronisation(ragged) -> None:
@@ -143,7 +173,7 @@ def test_offsets_beyond_31_bits() -> None:
 
 @pytest.mark.parametrize("n", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
-def test_solve_tril(n: int, dtype: torch.dtype) -> None:
+def test_solve_tril(n: int, dtype: torch.dtype, kernels: str) -> None:
     """Against SGLang's separate solve_tril, which its later releases dropped."""
     from sglang.kernels.ops.attention.fla.solve_tril import solve_tril as stock_solve_tril
 

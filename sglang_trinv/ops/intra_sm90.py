@@ -1,0 +1,59 @@
+"""The launches of the intra-chunk step for Hopper."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_trinv.kernels.fwd_intra_sm90 import fwd_intra_kernel_sm90
+from sglang_trinv.kernels.inverse_sm90 import inverse_kernel_sm90
+from sglang_trinv.kernels.solve_tril_sm90 import solve_tril_kernel_sm90
+from sglang_trinv.ops.launch import launch
+from sglang_trinv.ops.tiles_sm90 import TRIL_REGS, WARP_REGS, programs, rows
+
+
+def _sequences(cu_seqlens: torch.Tensor | None) -> int:
+    return 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def run_intra_sm90(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, NT: int) -> None:
+    """As the launch of fwd_intra_kernel in ``fwd_intra._launch``."""
+    B, T, Hg, _ = k.shape
+    H = beta.shape[2]
+    N = _sequences(cu_seqlens)
+    varlen = cu_seqlens is not None
+    key = (
+        k.get_device(), k.dtype, beta.dtype, H, Hg, g is None, varlen and cu_seqlens.dtype,
+        chunk_indices is not None and chunk_indices.dtype, Ai is None, beta.data_ptr() % 16 == 0,
+        g is None or g.data_ptr() % 16 == 0,
+    )  # fmt: skip
+    chunks = NT * B
+    if v is None:
+        launch(
+            inverse_kernel_sm90, key, (programs(k.get_device(), chunks * H), 1, 1),
+            (rows(k, 64), g, beta, rows(Ai, 64), Ai, None, cu_seqlens, chunk_indices, T, N, NT,
+             chunks * H, H, Hg, varlen, False),
+            num_warps=1, maxnreg=WARP_REGS,
+        )  # fmt: skip
+        return
+    launch(
+        fwd_intra_kernel_sm90, key, (chunks * H, 1, 1),
+        (rows(k, 64), rows(v, 64), rows(w, 64), rows(u, 64), None if Ai is None else rows(Ai, 64),
+         w, u, Ai, g, beta, cu_seqlens, chunk_indices, T, N, NT, H, Hg, varlen),
+        num_warps=1, maxnreg=WARP_REGS,
+    )  # fmt: skip
+
+
+def run_solve_tril_sm90(A, Ai, cu_seqlens, chunk_indices, NT: int, DOT: str) -> None:
+    """As the launch of solve_tril_kernel in ``solve_tril``."""
+    B, T, H, _ = A.shape
+    varlen = cu_seqlens is not None
+    key = (
+        A.get_device(), A.dtype, Ai.dtype, H, DOT, varlen and cu_seqlens.dtype,
+        chunk_indices is not None and chunk_indices.dtype, A.data_ptr() % 16 == 0,
+    )  # fmt: skip
+    launch(
+        solve_tril_kernel_sm90, key, (NT * B * H, 1, 1),
+        (A, rows(Ai, 64), Ai, cu_seqlens, chunk_indices, T, _sequences(cu_seqlens), NT, H, DOT,
+         varlen),
+        num_warps=1, maxnreg=TRIL_REGS,
+    )  # fmt: skip

@@ -126,6 +126,7 @@ KERNELS = {
 HOPPER = {
     "kkt_solve fp16, Hopper": _hopper("inverse_sm90", "factors", WARP_REGS, Hg=16, NORM=False),
     "fwd_intra fp16, Hopper": _hopper("fwd_intra_sm90", "A_desc Ai", WARP_REGS, Hg=16),
+    "fwd_intra fp16 and Ai, Hopper": _hopper("fwd_intra_sm90", "", WARP_REGS, Hg=16),
     "solve_tril 64 fp16, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16"),
     "solve_tril 64 fp16x2, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16x2"),
     "prefill inverse fp16, Hopper": _hopper("inverse_sm90", "out", WARP_REGS, Hg=16, NORM=True),
@@ -160,9 +161,10 @@ def names(arch: int | str) -> tuple[str, ...]:
     return (*KERNELS, *(HOPPER if arch == 90 else ()))
 
 
-def compile_kernel(name: str, arch: int | str) -> Resources:
-    """Compile the kernel called ``name``, one of ``names(arch)``."""
+def compile_kernel(name: str, arch: int | str, **changed: Any) -> Resources:
+    """Compile the kernel called ``name``, one of ``names(arch)``, with constants ``changed``."""
     module, function, constants, options = (KERNELS | HOPPER)[name]
+    constants = {**constants, **changed}
     options = {"num_warps": 1, "num_stages": 1, **(options if isinstance(arch, int) else {})}
     tiles = options.pop("tiles", ())
     kernel = getattr(MODULES[module], function)

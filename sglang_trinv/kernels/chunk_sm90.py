@@ -26,19 +26,11 @@ def smaller(a, b):
 
 
 @gluon.jit
-def locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN: gl.constexpr):
-    """First row of chunk i_t and how many rows its sequence has from there on, below 1 for none.
+def find_sequence(cu_seqlens, i_t, N):
+    """Chunk i_t's sequence: its first chunk, its first row and the row behind its last.
 
-    Without chunk_indices the chunks of sequence n are those from cu_seqlens[n] // 64 + n on;
-    without cu_seqlens a row of the batch has per_row of them. All loads are asked for at once.
+    The chunks of sequence n are those from cu_seqlens[n] // 64 + n on. All loads at once.
     """
-    if not VARLEN:
-        return i_t // per_row * T + i_t % per_row * 64, T - i_t % per_row * 64
-    if chunk_indices is not None:
-        i_n = gl.load(chunk_indices + i_t * 2).to(gl.int32)
-        o_t = gl.load(chunk_indices + i_t * 2 + 1).to(gl.int32) * 64
-        bos = gl.load(cu_seqlens + i_n).to(gl.int32)
-        return bos + o_t, gl.load(cu_seqlens + i_n + 1).to(gl.int32) - bos - o_t
     first, bos, eos = 0, 0, 0x7FFFFFFF
     for i in range(0, N + 1, 64):
         o_n = gl.arange(0, 64, TOKENS) + i
@@ -47,7 +39,28 @@ def locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN: gl.constexpr):
         first = gl.maximum(first, gl.reduce(gl.where(begun, b_bos // 64 + o_n, 0), 0, larger))
         bos = gl.maximum(bos, gl.reduce(gl.where(begun, b_bos, 0), 0, larger))
         eos = gl.minimum(eos, gl.reduce(gl.where(begun, 0x7FFFFFFF, b_bos), 0, smaller))
-    o_t = (i_t - first) * 64
+    return first, bos, eos
+
+
+@gluon.jit
+def locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN: gl.constexpr):
+    """First row of chunk i_t and how many rows its sequence has from there on, below 1 for none.
+
+    Without cu_seqlens a row of the batch has per_row chunks.
+    """
+    if VARLEN:
+        if chunk_indices is None:
+            first, bos, eos = find_sequence(cu_seqlens, i_t, N)
+            o_t = (i_t - first) * 64
+        else:
+            i_n = gl.load(chunk_indices + i_t * 2).to(gl.int32)
+            o_t = gl.load(chunk_indices + i_t * 2 + 1).to(gl.int32) * 64
+            bos = gl.load(cu_seqlens + i_n).to(gl.int32)
+            eos = gl.load(cu_seqlens + i_n + 1).to(gl.int32)
+    else:
+        bos = i_t // per_row * T
+        eos = bos + T
+        o_t = i_t % per_row * 64
     return bos + o_t, eos - bos - o_t
 
 

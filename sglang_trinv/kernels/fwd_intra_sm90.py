@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sglang_trinv.kernels.blocks_sm90 import BLOCK, COLUMNS, RIGHT, left, with_identity
+from sglang_trinv.kernels.blocks_sm90 import BLOCK, COLUMNS, RIGHT, ROWS, left, with_identity
 from sglang_trinv.kernels.chunk_sm90 import (
     TOKENS,
     ask,
@@ -38,22 +38,39 @@ def scaled_blocks(X, s_s, dtype: gl.constexpr):
 
 
 @gluon.jit
-def apply_blocks(a, s_x):
-    """A tile [64, 64] in shared memory by a of it, from the last rows up; registers are scarce."""
+def lost(s_s, J: gl.constexpr, dtype: gl.constexpr):
+    """What rounding loses of the factors of columns J: where X is nearly I, nothing else errs."""
+    r = gl.expand_dims(gl.arange(0, 16, ROWS), 1)
+    c = gl.expand_dims(gl.arange(0, 16, COLUMNS), 0)
+    b_s = s_s.slice(16 * J, 16).load(COLUMNS)
+    b_s = gl.expand_dims(b_s - b_s.to(dtype).to(gl.float32), 0)
+    # A product, not a choice: zeros that the compiler knows of, it makes again for every mma.
+    return left(b_s * gl.where(r == c, 1.0, 0.0), dtype)
+
+
+@gluon.jit
+def apply_blocks(a, d_0, d_1, d_2, d_3, s_x):
+    """A tile [64, 64] in shared memory by a + d of it, d on the diagonal.
+
+    From the last rows up, in place, each read again for every row of blocks: registers are scarce.
+    """
     dtype: gl.constexpr = s_x.dtype
     s_0, s_1 = s_x.slice(0, 16, 0), s_x.slice(16, 16, 0)
     s_2, s_3 = s_x.slice(32, 16, 0), s_x.slice(48, 16, 0)
     zeros = gl.zeros([16, 64], gl.float32, BLOCK)
-    b_y = mma_v2(a[7], s_1.load(RIGHT), mma_v2(a[6], s_0.load(RIGHT), zeros))
-    b_y = mma_v2(a[9], s_3.load(RIGHT), mma_v2(a[8], s_2.load(RIGHT), b_y))
-    s_3.store(b_y.to(dtype))
-    b_y = mma_v2(a[4], s_1.load(RIGHT), mma_v2(a[3], s_0.load(RIGHT), zeros))
-    b_y = mma_v2(a[5], s_2.load(RIGHT), b_y)
+    b_x = s_3.load(RIGHT)
+    b_y = mma_v2(a[9], b_x, mma_v2(d_3, b_x, zeros))
+    b_y = mma_v2(a[7], s_1.load(RIGHT), mma_v2(a[6], s_0.load(RIGHT), b_y))
+    s_3.store(mma_v2(a[8], s_2.load(RIGHT), b_y).to(dtype))
+    b_x = s_2.load(RIGHT)
+    b_y = mma_v2(a[5], b_x, mma_v2(d_2, b_x, zeros))
+    b_y = mma_v2(a[4], s_1.load(RIGHT), mma_v2(a[3], s_0.load(RIGHT), b_y))
     s_2.store(b_y.to(dtype))
-    b_y = mma_v2(a[2], s_1.load(RIGHT), mma_v2(a[1], s_0.load(RIGHT), zeros))
-    s_1.store(b_y.to(dtype))
-    b_y = mma_v2(a[0], s_0.load(RIGHT), zeros)
-    s_0.store(b_y.to(dtype))
+    b_x = s_1.load(RIGHT)
+    b_y = mma_v2(a[2], b_x, mma_v2(d_1, b_x, zeros))
+    s_1.store(mma_v2(a[1], s_0.load(RIGHT), b_y).to(dtype))
+    b_x = s_0.load(RIGHT)
+    s_0.store(mma_v2(a[0], b_x, mma_v2(d_0, b_x, zeros)).to(dtype))
 
 
 @gluon.jit
@@ -115,21 +132,25 @@ def fwd_intra_kernel_sm90(
         clear_rows(s_1, n)
     X = with_identity(inverse_blocks(gram_blocks(s_0, s_1), s_g, s_b, None, "fp16"))
     a_w, a_u = scaled_blocks(X, s_s, dtype), scaled_blocks(X, s_b, dtype)
-    apply_blocks(a_w, s_0)
+    d_0, d_1 = lost(s_s, 0, dtype), lost(s_s, 1, dtype)
+    d_2, d_3 = lost(s_s, 2, dtype), lost(s_s, 3, dtype)
+    apply_blocks(a_w, d_0, d_1, d_2, d_3, s_0)
     put(w_desc, w, s_0, row, i_h * 128, n, H * 128)
-    apply_blocks(a_w, s_1)
+    apply_blocks(a_w, d_0, d_1, d_2, d_3, s_1)
     put(w_desc, w, s_1, row, i_h * 128 + 64, n, H * 128)
     ask_half(v, row, i_h * 128, bar_0, s_0, 1)
     ask_half(v, row, i_h * 128 + 64, bar_1, s_1, 0)
+    d_0, d_1 = lost(s_b, 0, dtype), lost(s_b, 1, dtype)
+    d_2, d_3 = lost(s_b, 2, dtype), lost(s_b, 3, dtype)
     mbarrier.wait(bar_0, 1)
     if n < 64:
         clear_rows(s_0, n)
-    apply_blocks(a_u, s_0)
+    apply_blocks(a_u, d_0, d_1, d_2, d_3, s_0)
     put(u_desc, u, s_0, row, i_h * 128, n, H * 128)
     mbarrier.wait(bar_1, 0)
     if n < 64:
         clear_rows(s_1, n)
-    apply_blocks(a_u, s_1)
+    apply_blocks(a_u, d_0, d_1, d_2, d_3, s_1)
     put(u_desc, u, s_1, row, i_h * 128 + 64, n, H * 128)
     tma.store_wait(0)
     if A_desc is not None:

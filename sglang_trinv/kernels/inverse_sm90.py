@@ -9,6 +9,7 @@ from sglang_trinv.kernels.chunk_sm90 import (
     TOKENS,
     ask,
     clear_rows,
+    find_sequence,
     gram_blocks,
     inverse_blocks,
     locate,
@@ -27,18 +28,36 @@ def add(a, b):
 
 @gluon.jit
 def locate_tile(
-    cu_seqlens, chunk_indices, p, tiles, T, N, per_row, H: gl.constexpr, VARLEN: gl.constexpr
-):
-    """As ``locate``; past the last tile there is none."""
+    cu_seqlens, chunk_indices, p, tiles, T, N, per_row, first, bos, eos,
+    H: gl.constexpr, VARLEN: gl.constexpr,
+):  # fmt: skip
+    """As ``locate``, n = 0 past the last tile; first, bos, eos: the last tile's find_sequence.
+
+    Asking cu_seqlens again takes longer than to see that the sequence is still the same.
+    """
     row, n = 0, 0
+    i_t = p // H
     if p < tiles:
-        row, n = locate(cu_seqlens, chunk_indices, p // H, T, N, per_row, VARLEN)
-    return row, n
+        if VARLEN and chunk_indices is None:
+            if i_t - first > eos // 64 - bos // 64:
+                first, bos, eos = find_sequence(cu_seqlens, i_t, N)
+            row = bos + (i_t - first) * 64
+            n = eos - row
+        else:
+            row, n = locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN)
+    return row, n, first, bos, eos
 
 
 @gluon.jit
-def load_gates(g, beta, row, n, i_h, H: gl.constexpr):
-    """g and beta as they are, for rows past the end those of the last one."""
+def ask_tile(
+    k, g, beta, row, n, i_h, bar, s_0, s_1, H: gl.constexpr, Hg: gl.constexpr
+):  # fmt: skip
+    """Ask for a tile's keys; returns g and beta as they are, past the end those of the last row.
+
+    Nothing may branch between this and the end of the loop's body: a branch waits for loads.
+    """
+    if n > 0:
+        ask(k, row, i_h // (H // Hg) * 128, bar, s_0, s_1)
     o_t = gl.maximum(gl.minimum(gl.arange(0, 64, TOKENS), n - 1), 0)
     p_t = (gl.where(n > 0, row, 0) + o_t).to(gl.int64) * H + i_h
     b_g = gl.zeros([64], gl.float32, TOKENS)
@@ -76,36 +95,40 @@ def inverse_kernel_sm90(
     barrier()
     o_t = gl.arange(0, 64, TOKENS)
     phase, i_p, step = 0, gl.program_id(0), gl.num_programs(0)
-    row_next, n_next = locate_tile(cu_seqlens, chunk_indices, i_p, tiles, T, N, per_row, H, VARLEN)
-    if n_next > 0:
-        ask(k, row_next, i_p % H // (H // Hg) * 128, bar, s_0, s_1)
-    g_next, b_next = load_gates(g, beta, row_next, n_next, i_p % H, H)
+    first, bos, eos = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(-64)  # no sequence yet
+    row_next, n_next, first, bos, eos = locate_tile(
+        cu_seqlens, chunk_indices, i_p, tiles, T, N, per_row, first, bos, eos, H, VARLEN
+    )
+    g_next, b_next = ask_tile(k, g, beta, row_next, n_next, i_p % H, bar, s_0, s_1, H, Hg)
     for p in range(i_p, tiles, step):
-        row, n = row_next, n_next
-        row_next, n_next = locate_tile(
-            cu_seqlens, chunk_indices, p + step, tiles, T, N, per_row, H, VARLEN
+        row, n, b_g, b_b = row_next, n_next, g_next, b_next
+        row_next, n_next, first, bos, eos = locate_tile(
+            cu_seqlens, chunk_indices, p + step, tiles, T, N, per_row, first, bos, eos, H, VARLEN
         )
-        if n > 0:
+        if n <= 0:
+            g_next, b_next = ask_tile(
+                k, g, beta, row_next, n_next, (p + step) % H, bar, s_0, s_1, H, Hg
+            )
+        else:
             mbarrier.wait(bar, phase)
             phase ^= 1
             if n < 64:
                 clear_rows(s_0, n)
                 clear_rows(s_1, n)
                 fence_async_shared()  # the next keys come to where these zeros are
-        G = gram_blocks(s_0, s_1)
-        barrier()
-        i_next = (p + step) % H
-        if n_next > 0:
-            ask(k, row_next, i_next // (H // Hg) * 128, bar, s_0, s_1)
-        b_g, b_b = g_next.to(gl.float32) * LOG2E, gl.where(o_t < n, b_next.to(gl.float32), 0.0)
-        if PREFILL:
-            b_g = gl.associative_scan(gl.where(o_t < n, b_g, 0.0), 0, add)
-        s_g.store(b_g)
-        s_b.store(b_b)
-        g_next, b_next = load_gates(g, beta, row_next, n_next, i_next, H)
-        if n > 0:
+            G = gram_blocks(s_0, s_1)
+            barrier()
+            b_g = b_g.to(gl.float32) * LOG2E
+            b_b = gl.where(o_t < n, b_b.to(gl.float32), 0.0)
             if PREFILL:
-                g_last = gl.sum(gl.where(o_t == 63, b_g, 0.0), 0)
+                b_g = gl.associative_scan(gl.where(o_t < n, b_g, 0.0), 0, add)
+            s_g.store(b_g)
+            s_b.store(b_b)
+            g_next, b_next = ask_tile(
+                k, g, beta, row_next, n_next, (p + step) % H, bar, s_0, s_1, H, Hg
+            )
+            if PREFILL:
+                g_last = s_g.slice(63, 1).load(TOKENS)
                 store_length(s_r, G[0], 0, n, NORM)
                 store_length(s_r, G[2], 1, n, NORM)
                 store_length(s_r, G[5], 2, n, NORM)

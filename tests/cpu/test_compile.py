@@ -17,12 +17,13 @@ for name in names(arch):
     print(json.dumps(compile_kernel(name, arch).as_dict()), flush=True)
 """
 HOPPER = """
+import json
 from benchmarks.resources import HOPPER, compile_kernel
 dense = {"cu_seqlens": None, "chunk_indices": None, "VARLEN": False}
 for name in HOPPER:
     more = {} if "solve_tril" in name or "prefill" in name else {"g": None}
     for changed in (dense, {"chunk_indices": None}, more):
-        print(compile_kernel(name, 90, **changed).stack_bytes)
+        print(json.dumps(compile_kernel(name, 90, **changed).as_dict()))
 """
 
 # Bytes of stack a thread on sm_80 and sm_90; every other kernel but those of the x3 methods: none.
@@ -58,7 +59,8 @@ def test_compiles(arch: str) -> None:
 
 
 def test_every_kind_of_call_compiles_for_hopper() -> None:
-    """Without cu_seqlens, chunk_indices or g; one keeps two registers in memory, the rest none."""
-    spilled = [int(line) for line in run(HOPPER)]
-    assert len(spilled) == 18
-    assert sum(spilled) <= 8
+    """Without cu_seqlens, chunk_indices or g; none spills but one that SGLang does not ask for."""
+    rows = [json.loads(line) for line in run(HOPPER)]
+    assert len(rows) == 18
+    for row in rows:
+        assert row["stack_bytes"] <= (16 if "and Ai" in row["kernel"] else 0), row

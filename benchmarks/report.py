@@ -180,6 +180,7 @@ def _origin(path: Path, found: dict[str, Any]) -> str:
         f"From `{_shown(path)}.json`: {origin['when']}, commit {origin['commit']}, driver "
         f"{origin['driver']}, {versions}; {origin['rounds']} rounds; a copy moves "
         f"{bandwidth / 1e12:.2f} TB/s."
+        + (f" Beside it ran {origin['beside']}." if "beside" in origin else "")
     )
 
 

@@ -8,10 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def forest(content: dict[str, Any]) -> Figure | None:
+def forest(content: dict[str, Any], main: dict[str, Any]) -> Figure | None:
     """Change of the accuracy with its interval, by task and pooled, beside the margin."""
-    main = next((c for c in content["comparisons"] if c["name"] == "main"), None)
-    if not main or not main["accuracy"]:
+    if not main["accuracy"]:
         return None
     rows = [(row["task"], row["n"], row["accuracy"]) for row in main["tasks"] if "accuracy" in row]
     rows.append(("all documents", main["accuracy"]["n"], main["accuracy"]))
@@ -32,18 +31,20 @@ def forest(content: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def rows(content: dict[str, Any]) -> Figure | None:
-    """Mean |change of the log-likelihood| by position in the chunk, main pair and repeats."""
-    shown = {name: y for name, y in content["by_row"].items()
-             if name == "main" or name.startswith("repeat")}  # fmt: skip
-    if "main" not in shown:
+def rows(content: dict[str, Any], main: dict[str, Any]) -> Figure | None:
+    """Mean |change of the log-likelihood| by position in the chunk, a comparison and repeats."""
+    if main["name"] not in content["by_row"]:
         return None
     figure = Figure(figsize=(7, 3))
     axes = figure.subplots()
-    for name, values in shown.items():
+    for name, values in content["by_row"].items():
+        if name != main["name"] and not name.startswith("repeat"):
+            continue
         y = np.array([np.nan if v is None else v for v in values])
-        label = "off against on" if name == "main" else f"{name.removeprefix('repeat ')} again"
-        axes.plot(y, "-", marker=".", lw=1, label=label, alpha=1 if name == "main" else 0.7)
+        label, alpha = f"{main['baseline']} against {main['candidate']}", 1.0
+        if name != main["name"]:
+            label, alpha = f"{name.removeprefix('repeat ')} again", 0.7
+        axes.plot(y, "-", marker=".", lw=1, label=label, alpha=alpha)
     axes.set_xlabel("position of the token in its chunk of 64")
     axes.set_ylabel("mean |change| of the\nlog-likelihood, nats")
     axes.set_ylim(bottom=0)

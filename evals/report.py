@@ -88,9 +88,15 @@ def _finite(x: Any) -> Any:
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
+def leading(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The comparison to show: "main", in a run without an arm "on" the first of two kinds."""
+    kinds = [c for c in content["comparisons"] if not c["name"].startswith("repeat")]
+    return next((c for c in kinds if c["name"] == "main"), kinds[0] if kinds else None)
+
+
 def show(content: dict[str, Any], console: Console) -> None:
     """Print the report."""
-    main = next((c for c in content["comparisons"] if c["name"] == "main"), None)
+    main = leading(content)
     if main and main["tasks"]:
         console.print(task_table(main))
     table = Table(box=None, pad_edge=False)  # narrow: a log's lines have 80 columns
@@ -143,9 +149,12 @@ def draw(content: dict[str, Any], folder: Path) -> list[Path]:
     mpl.use("Agg")
     from sglang_trinv.evals import plots
 
-    found = []
+    found: list[Path] = []
+    main = leading(content)
+    if main is None:
+        return found
     for name, make in (("forest.png", plots.forest), ("rows.png", plots.rows)):
-        figure = make(content)
+        figure = make(content, main)
         if figure is not None:
             figure.savefig(folder / name, dpi=110, bbox_inches="tight")
             found.append(folder / name)
@@ -160,5 +169,5 @@ def html(content: dict[str, Any], images: list[Path]) -> str:
     pictures = [(PLOTS[path.name], base64.b64encode(path.read_bytes()).decode()) for path in images]
     return environment.from_string(TEMPLATE.read_text()).render(
         r=content, pictures=pictures, cells=cells, color=COLORS, number=_number,
-        codes={v.name: int(v) for v in Verdict},
+        codes={v.name: int(v) for v in Verdict}, main=leading(content),
     )  # fmt: skip

@@ -36,14 +36,16 @@ def test_what_the_user_gets_wrong_is_one_line_and_exit_4(tmp_path, arguments, sa
     assert not (tmp_path / "out").exists()
 
 
-def test_compare_judges_again_and_writes_a_report(tmp_path):
-    finished_run(tmp_path / "a")
+@pytest.mark.parametrize("arm", ["on", "full"])
+def test_compare_judges_again_and_writes_a_report(tmp_path, arm):
+    finished_run(tmp_path / "a", ("off", arm))
     found = invoke("compare", str(tmp_path / "a"))
     assert found.exit_code == 0, found.output
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert (report["verdict"], report["exit_code"]) == ("EQUIVALENT", 0)
     page = (tmp_path / "a" / "report.html").read_text()
     assert "EQUIVALENT" in page
+    assert f"0-off against 1-{arm}" in page
     assert page.count("data:image/png") == 2
     assert "http://" not in page
 

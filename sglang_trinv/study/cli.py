@@ -33,8 +33,8 @@ def study(
         Path | None, typer.Option(help="JSON of `python -m benchmarks intra`, for one more figure.")
     ] = None,
     served: Annotated[
-        Path | None,
-        typer.Option(help="report.json of `sglang-trinv eval` with one arm an inverse."),
+        list[Path] | None,
+        typer.Option(help="report.json of `sglang-trinv eval`, one arm an inverse; repeatable."),
     ] = None,
 ) -> None:
     """Measure every method of the inverse against float64; write tables, figures, a report."""
@@ -46,13 +46,14 @@ def study(
         raise TrinvError(f"--gates: want a folder, got {gates}")
     if speed is not None and not speed.is_file():
         raise TrinvError(f"--speed: want a file, got {speed}")
-    if served is not None and not served.is_file():
-        raise TrinvError(f"--served: want a file, got {served}")
-    if served is not None and not model:
+    for path in served or ():
+        if not path.is_file():
+            raise TrinvError(f"--served: want a file, got {path}")
+    if served and not model:
         raise TrinvError("--served: wants the embedded model's keys; leave --no-model out")
     if out.exists() and not out.is_dir():
         raise TrinvError(f"--out: want a folder, got {out}")
     from sglang_trinv.study import run
 
-    report = run.run(run.Options(quick, device, out, gates, model, speed, served), err)
+    report = run.run(run.Options(quick, device, out, gates, model, speed, tuple(served or ())), err)
     typer.echo(f"Report: {report}")

@@ -32,7 +32,7 @@ class Options:
     gates: Path | None
     model: bool
     speed: Path | None
-    served: Path | None
+    served: tuple[Path, ...]
 
 
 def run(options: Options, console: Console) -> Path:
@@ -89,7 +89,7 @@ def _measure(options: Options, progress: Progress) -> tuple[Rows, Rows, Rows]:
     if options.served:
         from sglang_trinv.study import served
 
-        found = list(served.rows(options.served, captured))
+        found = [row for path in options.served for row in served.rows(path, captured)]
     task = progress.add_task("model", total=1 + len(list(model.candidates(options.quick))))
     tell = _progress(progress, task, "model")
     return inverses, list(tell(model.drift(embedded, options.quick))), found

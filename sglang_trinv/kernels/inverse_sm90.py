@@ -151,9 +151,7 @@ def inverse_kernel_sm90(
             barrier()
             store_blocks(s_A, X)
             if PREFILL:
-                fence_async_shared()
-                barrier()
-                tma.async_copy_shared_to_global(out_desc, [p * 64, 0], s_A)
+                put(out_desc, out, s_A, p * 64, 0, 64, 64)
             else:
                 put(out_desc, out, s_A, row, p % H * 64, n, H * 64)
     tma.store_wait(0)

@@ -152,7 +152,7 @@ class _Good:
 REFUSING = """
 import torch
 from torch import library
-lib = library.Library("aten", "IMPL")
+lib = vars(library)["Library"]("aten", "IMPL")
 def refuse(a, b, out=None):
     raise ValueError(f"Unsupported dtype {a.dtype} for bmm_batch_invariant")
 for name in ("aten::mm", "aten::bmm"):

@@ -8,9 +8,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sglang_trinv.kernels.blocks_sm90 import BLOCK, COLUMNS, LEFT, RIGHT, ROWS, inv_16, merge_64
+from sglang_trinv.kernels.blocks_sm90 import COLUMNS, LEFT, RIGHT, ROWS, inv_16, merge_64
 from sglang_trinv.kernels.prefill_prepare import L2NORM_EPS
 from sglang_trinv.kernels.prefill_tiles_sm90 import barrier
+from sglang_trinv.kernels.quarters_sm90 import BLOCK
 
 TOKENS = gl.constexpr(gl.BlockedLayout([2], [32], [1], [0]))  # a value for each token of a chunk
 
@@ -167,10 +168,12 @@ def gram_blocks(s_0, s_1):
 @gluon.jit
 def inverse_blocks(G, s_g, s_b, s_r, DOT: gl.constexpr):
     """Ten blocks of X from those of K K^T; those on the diagonal are E = X - I."""
-    E00 = inv_16(diagonal_block(G[0], s_g, s_b, s_r, 0), DOT)
-    E11 = inv_16(diagonal_block(G[2], s_g, s_b, s_r, 1), DOT)
-    E22 = inv_16(diagonal_block(G[5], s_g, s_b, s_r, 2), DOT)
-    E33 = inv_16(diagonal_block(G[9], s_g, s_b, s_r, 3), DOT)
+    E00, b_E00, E11, b_E11 = inv_16(
+        diagonal_block(G[0], s_g, s_b, s_r, 0), diagonal_block(G[2], s_g, s_b, s_r, 1), DOT
+    )
+    E22, b_E22, E33, _ = inv_16(
+        diagonal_block(G[5], s_g, s_b, s_r, 2), diagonal_block(G[9], s_g, s_b, s_r, 3), DOT
+    )
     row_1, row_2 = row_factor(s_g, s_b, s_r, 1), row_factor(s_g, s_b, s_r, 2)
     row_3 = row_factor(s_g, s_b, s_r, 3)
     N10 = below_block(G[1], row_1, s_g, s_r, 1, 0)
@@ -180,7 +183,7 @@ def inverse_blocks(G, s_g, s_b, s_r, DOT: gl.constexpr):
     N31 = below_block(G[7], row_3, s_g, s_r, 3, 1)
     N32 = below_block(G[8], row_3, s_g, s_r, 3, 2)
     X10, X20, X21, X30, X31, X32 = merge_64(
-        E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT
+        E11, E22, E33, b_E00, b_E11, b_E22, N10, N20, N21, N30, N31, N32, DOT
     )  # fmt: skip
     return E00, X10, E11, X20, X21, E22, X30, X31, X32, E33
 

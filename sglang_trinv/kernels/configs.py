@@ -56,6 +56,7 @@ class PrefillConfig:
     chunks_regs: int = 240  # of the second warpgroup that goes through the chunks ("sm90")
     scores_regs: int = 104  # of the one that computes scores ("sm90")
     segments: int = 1  # a sequence, worked on at once
+    pieces: int = 1  # or 2, one after the other, with overlapping preparation ("sm90")
 
 
 SMS = 132  # of H100 and H200
@@ -68,18 +69,23 @@ ALONE = PrefillConfig(state="sm90", block_v=64, stages=3)
 SEGMENTED = replace(ALONE, maxnreg=128, own_scores=True)
 WIDE = PrefillConfig(state="sm90", block_v=128, stages=3, maxnreg=168)
 CROWDED = replace(WIDE, maxnreg=128, own_scores=True, chunks_regs=216, scores_regs=56)
+# H200, us, whole calls at 16/32, in two pieces and in one: 32768 tokens 695 and 741; 8192 214 and
+# 209.
+PIECES_CHUNKS = 256
 
 
 @functools.cache
 def prefill_config(
-    capability: tuple[int, int], groups: int, chunks: int, transfer_ratio: int, split: bool
-) -> PrefillConfig:
+    capability: tuple[int, int], groups: int, chunks: int, transfer_ratio: int, split: bool,
+    single: bool,
+) -> PrefillConfig:  # fmt: skip
     """For ``groups`` of 64 state rows (all heads and sequences) and ``chunks`` a sequence.
 
     Args:
         transfer_ratio: rows of a segment's transfer matrices, for each row of the state.
         split: whether sequences may be cut into segments, and other things be done that change
-            bits: ALONE and WIDE give the same.
+            bits: ALONE and WIDE give the same, and so does one piece or two.
+        single: whether there is one sequence.
     """
     chosen = PrefillConfig()
     if capability == (9, 0):
@@ -87,7 +93,8 @@ def prefill_config(
         chosen = ALONE if groups <= SMS else CROWDED if crowded else WIDE
     segments = prefill_segments(groups, chunks, transfer_ratio) if split else 1
     if segments == 1:
-        return chosen
+        pieces = single and chosen is ALONE and groups <= SMS // 2 and chunks >= PIECES_CHUNKS
+        return replace(chosen, pieces=2) if pieces else chosen
     return replace(SEGMENTED if chosen.state == "sm90" else chosen, segments=segments)
 
 

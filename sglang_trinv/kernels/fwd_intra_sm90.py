@@ -5,7 +5,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from sglang_trinv.kernels.blocks_sm90 import BLOCK, COLUMNS, RIGHT, ROWS, left, with_identity
+from sglang_trinv.kernels.blocks_sm90 import (
+    COLUMNS,
+    RIGHT,
+    ROWS,
+    left,
+    rounded,
+    with_identity,
+)
 from sglang_trinv.kernels.chunk_sm90 import (
     TOKENS,
     ask,
@@ -18,6 +25,7 @@ from sglang_trinv.kernels.chunk_sm90 import (
 )
 from sglang_trinv.kernels.fwd_intra import LOG2E
 from sglang_trinv.kernels.prefill_tiles_sm90 import barrier
+from sglang_trinv.kernels.quarters_sm90 import BLOCK
 
 
 @gluon.jit
@@ -43,7 +51,7 @@ def lost(s_s, J: gl.constexpr, dtype: gl.constexpr):
     r = gl.expand_dims(gl.arange(0, 16, ROWS), 1)
     c = gl.expand_dims(gl.arange(0, 16, COLUMNS), 0)
     b_s = s_s.slice(16 * J, 16).load(COLUMNS)
-    b_s = gl.expand_dims(b_s - b_s.to(dtype).to(gl.float32), 0)
+    b_s = gl.expand_dims(b_s - rounded(b_s, dtype), 0)
     # A product, not a choice: zeros that the compiler knows of, it makes again for every mma.
     return left(b_s * gl.where(r == c, 1.0, 0.0), dtype)
 

@@ -67,15 +67,17 @@ def ask_tile(
 
 
 @gluon.jit(
-    do_not_specialize=["T", "N", "per_row", "tiles"],
+    do_not_specialize=["T", "N", "per_row", "begin", "tiles"],
     do_not_specialize_on_alignment=["cu_seqlens", "chunk_indices"],
 )
 def inverse_kernel_sm90(
-    k, g, beta, out_desc, out, factors, cu_seqlens, chunk_indices, T, N, per_row, tiles,
+    k, g, beta, out_desc, out, factors, cu_seqlens, chunk_indices, T, N, per_row, begin,
+    tiles,
     H: gl.constexpr, Hg: gl.constexpr, VARLEN: gl.constexpr, NORM: gl.constexpr,
 ):  # fmt: skip
     """One warp a program: chunk by chunk of one value head, with the next one's keys on the way.
 
+    Tiles (a chunk of a head, heads first) from ``begin`` to ``tiles``.
     Tensor descriptors in tiles of [64, 64]: k [T, Hg 128] and out_desc. K is 128.
     kkt_solve: g is summed over the chunk, out [T, H, 64], out_desc [T, H 64], factors None.
     Prefill: g is not summed, out None, out_desc [slots H 64, 64], factors as inverse_kernel's.
@@ -94,7 +96,7 @@ def inverse_kernel_sm90(
     fence_async_shared()
     barrier()
     o_t = gl.arange(0, 64, TOKENS)
-    phase, i_p, step = 0, gl.program_id(0), gl.num_programs(0)
+    phase, i_p, step = 0, gl.program_id(0) + begin, gl.num_programs(0)
     first, bos, eos = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(-64)  # no sequence yet
     row_next, n_next, first, bos, eos = locate_tile(
         cu_seqlens, chunk_indices, i_p, tiles, T, N, per_row, first, bos, eos, H, VARLEN

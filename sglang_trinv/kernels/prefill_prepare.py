@@ -170,19 +170,20 @@ def inverse_kernel(
         store_block_row(p_A, 64, o_t + 48, 64, 4, X30, X31, X32, E33)
 
 
-@triton.jit(do_not_specialize=["T", "N"], do_not_specialize_on_alignment=["cu_seqlens"])
+@triton.jit(do_not_specialize=["T", "N", "begin"], do_not_specialize_on_alignment=["cu_seqlens"])
 def scores_kernel(
-    q, k, scores, factors, cu_seqlens, scale, T, N, s_q, s_k,
+    q, k, scores, factors, cu_seqlens, scale, T, N, begin, s_q, s_k,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
     IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """P_ij = scale exp(g_i - g_j) r_i q_i.k_j r_j for i >= j, else 0, and the queries' factors.
 
-    q is normalised here. One program: one chunk and GROUP value heads of one key head. Layouts as
+    q is normalised here. One program: one chunk, from slot ``begin`` on, and GROUP value heads of
+    one key head. Layouts as
     in inverse_kernel, which wrote the keys' factors before, and scores [slots, H, 64, 64]: P; scale
     exp(g_i) r_i of the queries is the factor that was left free.
     """
-    i_s = tl.program_id(0)
+    i_s = begin + tl.program_id(0)
     row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
     if T <= 0:
         return

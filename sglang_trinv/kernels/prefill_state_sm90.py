@@ -61,7 +61,7 @@ def load_tiles(
 
 @gluon.jit
 def run_chunks(
-    o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P, free,
+    o_desc, o, h, state, starts, track, ends, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P, free,
     index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
     H: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
@@ -177,6 +177,10 @@ def run_chunks(
         barrier()
         tma.async_copy_shared_to_global(o_desc, [row_y, c_v], s_o)
     tma.store_wait(0)
+    if ends is not None:
+        p_e = ends + (i_n.to(gl.int64) * H + i_h) * (V * K) + o_vk
+        gl.store(p_e, b_S0)
+        gl.store(p_e + 64, b_S1)
     if WRITE_STATE:
         if (index >= 0) & (n <= 64):
             gl.store(p_state + o_vk, b_S0.to(state.dtype.element_ty))
@@ -212,12 +216,12 @@ def share_out(
 
 
 @gluon.jit(
-    do_not_specialize=["T", "G"],
+    do_not_specialize=["T", "G", "begin", "end"],
     do_not_specialize_on_alignment=["cu_seqlens", "state_indices", "track_chunks"],
 )
 def state_kernel_sm90(
     q, k, v, inverses, scores, factors, o_desc, o, h, state, state_indices, starts, track,
-    track_chunks, cu_seqlens, scale, T, G, s_state,
+    track_chunks, ends, cu_seqlens, scale, T, G, begin, end, s_state,
     H: gl.constexpr, Hg: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HALVES: gl.constexpr,
     STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_STATE: gl.constexpr,
     HAS_INDICES: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
@@ -227,7 +231,9 @@ def state_kernel_sm90(
     """As prefill_state.state_kernel: the same arithmetic, other instructions.
 
     One program: 64 HALVES rows of the state of one value head through one segment of a sequence; a
-    warpgroup for each 64, one for the scores with OWN_SCORES, and one warp that copies. Tensor
+    warpgroup for each 64, one for the scores with OWN_SCORES, and one warp that copies. Where there
+    are no segments (G is 1), only chunks ``begin`` to ``end`` of a sequence, and the state behind
+    them also goes to ``ends``, float32 [N, H, V, K]. Tensor
     descriptors (bfloat16 or float16 unless said) in tiles of [64, 64]: q and k [T, Hg K], v and
     o_desc [T, H V], inverses and scores [slots H 64, 64]; in tiles of [8, 64]: factors, float32
     [slots H 6, 64]. STAGES is the number of copies in flight.
@@ -237,6 +243,8 @@ def state_kernel_sm90(
     i_n = i_ns // G
     bos, n_tokens, slot = locate(cu_seqlens, i_n, T, VARLEN)
     i_t0, NT = segment_chunks(i_ns % G, n_tokens, G)
+    i_t0 += begin
+    NT = gl.minimum(NT, end) - begin
     if NT <= 0:
         return
     first = i_n * ((T + 63) // 64) + i_t0
@@ -271,14 +279,14 @@ def state_kernel_sm90(
     c_v = i_h * V + i_v * (HALVES * 64)
     share_out(
         (
-            o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P,
-            free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
-            H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
+            o_desc, o, h, state, starts, track, ends, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full,
+            full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h,
+            i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
         ),
         (
-            o_desc, o, h, state, starts, track, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P,
-            free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
-            H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 1,
+            o_desc, o, h, state, starts, track, ends, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full,
+            full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h,
+            i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 1,
         ),
         (s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES, NORM, 64 // HALVES),
         (

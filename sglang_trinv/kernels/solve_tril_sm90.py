@@ -41,9 +41,10 @@ def solve_tril_kernel_sm90(
     N22, N33 = load_block(p, s, 2, 2, n), load_block(p, s, 3, 3, n)
     N10, N20, N21 = load_block(p, s, 1, 0, n), load_block(p, s, 2, 0, n), load_block(p, s, 2, 1, n)
     N30, N31, N32 = load_block(p, s, 3, 0, n), load_block(p, s, 3, 1, n), load_block(p, s, 3, 2, n)
-    E00, E11, E22, E33 = inv_16(N00, DOT), inv_16(N11, DOT), inv_16(N22, DOT), inv_16(N33, DOT)
+    E00, b_E00, E11, b_E11 = inv_16(N00, N11, DOT)
+    E22, b_E22, E33, _ = inv_16(N22, N33, DOT)
     X10, X20, X21, X30, X31, X32 = merge_64(
-        E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT
+        E11, E22, E33, b_E00, b_E11, b_E22, N10, N20, N21, N30, N31, N32, DOT
     )  # fmt: skip
     store_blocks(s_A, with_identity((E00, X10, E11, X20, X21, E22, X30, X31, X32, E33)))
     put(Ai_desc, Ai, s_A, row, i_h * 64, n, H * 64)

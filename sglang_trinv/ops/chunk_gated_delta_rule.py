@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -112,8 +113,17 @@ def chunk_gated_delta_rule(
     )
     norm = use_qk_l2norm_in_kernel
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config.state)
-    run_state(q, k, v, space, o, h, pool, cu_seqlens, scale, T, N, norm, config)
+    fill = functools.partial(
+        prepare, q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config.state
+    )
+    rest = (q, k, v, space, o, h, pool, cu_seqlens, scale, T)
+    if config.pieces == 2 and N == 1 and DOT == "fp16":
+        from sglang_trinv.ops.prefill_pieces import run_pieces
+
+        run_pieces(fill, *rest, norm, config)
+    else:
+        fill(0, slots)
+        run_state(*rest, N, norm, config)
     return o, None, h
 
 
@@ -199,14 +209,18 @@ def _config(q, k, v, N: int, batch_invariant: bool) -> PrefillConfig:
     fits = fits and (q.stride(1) | k.stride(1) | v.stride(1)) % 8 == 0
     found = capability(k.get_device()) if k.is_cuda and fits else (0, 0)
     return prefill_config(
-        found, N * H * V // 64, B * T // 64 // N + 1, (V + K) / V, not batch_invariant
+        found, N * H * V // 64, B * T // 64 // N + 1, (V + K) / V, not batch_invariant, N == 1
     )
 
 
 def prepare(
-    q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, DOT, norm, state
-) -> None:
-    """Fill ``space``: all that needs no state."""
+    q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, DOT, norm, state,
+    begin: int, end: int,
+) -> None:  # fmt: skip
+    """Fill slots ``begin`` to ``end`` of ``space``: all that needs no state.
+
+    The kernels for other GPUs do all slots.
+    """
     slots, H = space.factors.shape[:2]
     Hg, K = k.shape[2:]
     varlen, io, s_q, s_k = cu_seqlens is not None, io_dtype(k), q.stride(1), k.stride(1)
@@ -217,7 +231,7 @@ def prepare(
     if state == "sm90" and DOT == "fp16":
         from sglang_trinv.ops.prefill_sm90 import run_inverse_sm90
 
-        run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm)
+        run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, begin, end)
     else:
         group = kkt_solve_config(H // Hg, slots, Hg).group
         launch(
@@ -230,8 +244,8 @@ def prepare(
         return
     group = H // Hg
     launch(
-        scores_kernel, key, (slots, Hg, 1),
-        (q, k, space.scores, space.factors, cu_seqlens, scale, T, N, s_q, s_k,
+        scores_kernel, key, (end - begin, Hg, 1),
+        (q, k, space.scores, space.factors, cu_seqlens, scale, T, N, begin, s_q, s_k,
          H, Hg, K, group, 64, io, varlen, norm),
         num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -30,7 +30,7 @@ def run_intra_sm90(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, NT: int) 
     if v is None:
         launch(
             inverse_kernel_sm90, key, (programs(k.get_device(), chunks * H), 1, 1),
-            (rows(k, 64), g, beta, rows(Ai, 64), Ai, None, cu_seqlens, chunk_indices, T, N, NT,
+            (rows(k, 64), g, beta, rows(Ai, 64), Ai, None, cu_seqlens, chunk_indices, T, N, NT, 0,
              chunks * H, H, Hg, varlen, False),
             num_warps=1, maxnreg=WARP_REGS,
         )  # fmt: skip

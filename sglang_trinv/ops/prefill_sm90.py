@@ -11,6 +11,8 @@ from sglang_trinv.ops.launch import launch
 from sglang_trinv.ops.prefill_state import call_key, pass_flags, slot_stride
 from sglang_trinv.ops.tiles_sm90 import WARP_REGS, Tiles, programs, rows
 
+ALL_CHUNKS = 1 << 30  # more than any sequence has
+
 
 def workspace(space: Any) -> tuple[Tiles, Tiles | None, Tiles]:
     """inverses and scores in tiles of [64, 64]; factors, six rows a chunk, in tiles of [8, 64]."""
@@ -22,37 +24,38 @@ def workspace(space: Any) -> tuple[Tiles, Tiles | None, Tiles]:
     )
 
 
-def run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm) -> None:
+def run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, begin, end) -> None:
     """As the launch of inverse_kernel in ``chunk_gated_delta_rule.prepare``, products in fp16."""
-    slots, H = space.factors.shape[:2]
+    H = space.factors.shape[1]
     varlen = cu_seqlens is not None
     key = (
         "prefill", k.get_device(), k.dtype, g.dtype, beta.dtype, varlen and cu_seqlens.dtype,
         H, k.shape[2], norm, (g.data_ptr() | beta.data_ptr()) % 16 == 0, k.stride(1),
     )  # fmt: skip
     launch(
-        inverse_kernel_sm90, key, (programs(k.get_device(), slots * H), 1, 1),
+        inverse_kernel_sm90, key, (programs(k.get_device(), (end - begin) * H), 1, 1),
         (rows(k, 64), g, beta, workspace(space)[0], None, space.factors, cu_seqlens, None, T, N,
-         T // 64 + 1, slots * H, H, k.shape[2], varlen, norm),
+         T // 64 + 1, begin * H, end * H, H, k.shape[2], varlen, norm),
         num_warps=1, maxnreg=WARP_REGS,
     )  # fmt: skip
 
 
 def run_state_sm90(
-    q, k, v, space, o, h, starts, pool, cu_seqlens, scale, T, N, norm, config
+    q, k, v, space, o, h, starts, pool, cu_seqlens, scale, T, N, norm, config,
+    begin=0, end=ALL_CHUNKS, ends=None,
 ) -> None:  # fmt: skip
     """As the launch of state_kernel in ``prefill_state.run_state``."""
     H, V, K = v.shape[2], v.shape[3], k.shape[3]
     G, halves, flags = config.segments, config.block_v // 64, pass_flags(h, starts, pool)
     key = (
         *call_key(q, k, v, pool, cu_seqlens), flags, halves, config.stages, config.maxnreg,
-        norm, config.own_scores,
+        norm, config.own_scores, ends is None,
     )  # fmt: skip
     launch(
         state_kernel_sm90, key, (V // config.block_v, H, N * G),
         (rows(q, 64), rows(k, K), rows(v, 64), *workspace(space), rows(o, 64), o,
-         h, pool.state, pool.indices, starts, pool.track, pool.track_chunks, cu_seqlens, scale,
-         T, G, slot_stride(pool), H, k.shape[2], K, V, halves, config.stages,
+         h, pool.state, pool.indices, starts, pool.track, pool.track_chunks, ends, cu_seqlens,
+         scale, T, G, begin, end, slot_stride(pool), H, k.shape[2], K, V, halves, config.stages,
          cu_seqlens is not None, *flags, norm, config.own_scores, config.chunks_regs,
          config.scores_regs),
         num_warps=4, maxnreg=config.maxnreg,

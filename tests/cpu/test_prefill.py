@@ -240,14 +240,19 @@ def test_a_kernel_is_specialised_once_and_then_launched_as_it_is(monkeypatch) ->
 
 def test_configurations_follow_the_parallelism() -> None:
     hopper = (9, 0)
-    assert prefill_config((8, 0), 64, 128, 2.0, False) == PrefillConfig()
-    assert prefill_config(hopper, 128, 128, 2.0, True) == configs.ALONE
-    assert prefill_config(hopper, 256, 256, 2.0, True) == configs.WIDE
-    assert prefill_config(hopper, 4096, 2, 2.0, True) == configs.CROWDED
-    assert prefill_config(hopper, 8, 128, 2.0, False) == configs.ALONE
-    assert prefill_config(hopper, 4096, 2, 2.0, False) == configs.WIDE
-    cut = prefill_config(hopper, 8, 512, 2.0, True)
+    assert prefill_config((8, 0), 64, 128, 2.0, False, False) == PrefillConfig()
+    assert prefill_config(hopper, 128, 128, 2.0, True, False) == configs.ALONE
+    assert prefill_config(hopper, 256, 256, 2.0, True, False) == configs.WIDE
+    assert prefill_config(hopper, 4096, 2, 2.0, True, False) == configs.CROWDED
+    assert prefill_config(hopper, 8, 128, 2.0, False, False) == configs.ALONE
+    assert prefill_config(hopper, 4096, 2, 2.0, False, False) == configs.WIDE
+    two = replace(configs.ALONE, pieces=2)
+    assert prefill_config(hopper, 64, 256, 2.0, False, True) == two
+    assert prefill_config(hopper, 64, 256, 2.0, False, False) == configs.ALONE
+    assert prefill_config(hopper, 64, 128, 2.0, False, True) == configs.ALONE
+    assert prefill_config(hopper, 96, 256, 2.0, False, True) == configs.ALONE
+    cut = prefill_config(hopper, 8, 512, 2.0, True, False)
     assert cut.segments > 1
     assert cut == replace(configs.SEGMENTED, segments=cut.segments)
-    assert prefill_config((8, 0), 8, 512, 2.0, True).state == "triton"
+    assert prefill_config((8, 0), 8, 512, 2.0, True, False).state == "triton"
     assert prefill_segments(8, 1, 2.0) == 1

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sglang_trinv.kernels.prefill_prepare import L2NORM_EPS
-from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, chunk_factors
+from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, chunk_factors, read_place
 
 
 @gluon.jit
@@ -22,7 +22,7 @@ def square_sum(s, mma: gl.constexpr):
 
 @gluon.jit
 def score_chunks(
-    s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES: gl.constexpr,
+    s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, past, STAGES: gl.constexpr,
     NORM: gl.constexpr, N: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: P of chunk after chunk and the queries' factors (see scores_kernel).
@@ -35,9 +35,10 @@ def score_chunks(
     o_i, o_j = gl.arange(0, 64, i), gl.expand_dims(gl.arange(0, N, j), 0)
     zeros = gl.zeros([64, N], gl.float32, mma)
     for i_t in range(NT):
-        e = i_t % STAGES
+        x = past + i_t
+        e = x % STAGES
         s_q0, s_q1, f = s_q.index(e * 2), s_q.index(e * 2 + 1), chunk_factors(s_f.index(e))
-        mbarrier.wait(full.index(e), (i_t // STAGES) & 1)
+        mbarrier.wait(full.index(e), (x // STAGES) & 1)
         b_r = gl.full([64], 1.0, gl.float32, i)
         if NORM:
             b_r = gl.rsqrt(square_sum(s_q0, mma) + square_sum(s_q1, mma) + L2NORM_EPS)
@@ -60,3 +61,18 @@ def score_chunks(
         fence_async_shared()
         barrier()
         mbarrier.arrive(full_P.index(e))
+
+
+@gluon.jit
+def score_items(
+    s_q, s_k, s_P, s_f, s_m, full, full_P, scale, items, STAGES: gl.constexpr, NORM: gl.constexpr,
+    N: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: the scores of item after item (see state_kernel_sm90)."""
+    past, n = 0, 0
+    item, _, _, left, _, NT, _ = read_place(s_m, n)
+    while item < items:
+        score_chunks(s_q, s_k, s_P, s_f, full, full_P, scale, left, NT, past, STAGES, NORM, N)
+        past += NT
+        n += 1
+        item, _, _, left, _, NT, _ = read_place(s_m, n)

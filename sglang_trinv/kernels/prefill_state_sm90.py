@@ -15,16 +15,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sglang_trinv.kernels.prefill_scores_sm90 import score_chunks
+from sglang_trinv.kernels.prefill_scores_sm90 import score_items
 from sglang_trinv.kernels.prefill_tiles_sm90 import (
+    PLACES,
     barrier,
     chunk_factors,
     clear_rows,
     factor,
     last_gate,
-    locate,
+    load_tiles,
+    put_place,
+    read_place,
     scale_values,
-    segment_chunks,
     stage_barriers,
 )
 
@@ -33,41 +35,16 @@ PAST_END = gl.constexpr(1 << 30)
 
 
 @gluon.jit
-def load_tiles(
-    q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free,
-    row, tile, NT, c_k, c_v, H: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    OWN_SCORES: gl.constexpr,
-):  # fmt: skip
-    """One warp: copy chunk after chunk into shared memory, as far ahead as there is room."""
-    size: gl.constexpr = (5 + HALVES) * q.block_type.nbytes + factors.block_type.nbytes
-    for i_t in range(NT):
-        e = i_t % STAGES
-        bar = full.index(e)
-        mbarrier.wait(free.index(e), ((i_t // STAGES) & 1) ^ 1)
-        mbarrier.expect(bar, size)
-        tma.async_copy_global_to_shared(k, [row, c_k], bar, s_k.index(e))
-        tma.async_copy_global_to_shared(factors, [tile * 6, 0], bar, s_f.index(e))
-        for i in gl.static_range(HALVES):
-            tma.async_copy_global_to_shared(v, [row, c_v + i * 64], bar, s_v.index(e * HALVES + i))
-        for i in gl.static_range(2):
-            tma.async_copy_global_to_shared(q, [row, c_k + i * 64], bar, s_q.index(e * 2 + i))
-        tma.async_copy_global_to_shared(inverses, [tile * 64, 0], bar, s_A.index(e))
-        if not OWN_SCORES:
-            mbarrier.expect(full_P.index(e), scores.block_type.nbytes)
-            tma.async_copy_global_to_shared(scores, [tile * 64, 0], full_P.index(e), s_P.index(e))
-        row += 64
-        tile += H
-
-
-@gluon.jit
-def run_chunks(
-    o_desc, o, h, state, starts, track, ends, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full, full_P, free,
-    index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h, i_v,
+def run_item(
+    o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A, s_P,
+    s_f, s_o, full, full_P, free, T, G, s_state, item, i_t0, row, n_tokens, NT, index, past,
     H: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
-    HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
-    STORE_H: gl.constexpr, TRACK: gl.constexpr, HALF: gl.constexpr,
+    VARLEN: gl.constexpr, HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr,
+    WRITE_STATE: gl.constexpr, STORE_H: gl.constexpr, TRACK: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 rows of the transposed state, in two halves of K, through NT chunks.
+
+    ``past``: chunks of the items before, which took their turns of the stages.
 
     The recurrence is X (state times keys), D, U (D times Ai), the new state: what the outputs need
     is issued behind each of these products, so that the tensor cores have work while the next
@@ -78,10 +55,23 @@ def run_chunks(
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     dtype: gl.constexpr = s_k.dtype
     K: gl.constexpr = 128
+    PARTS: gl.constexpr = V // (HALVES * 64)
+    i_v, i_h, i_ns = item % PARTS, item // PARTS % H, item // (PARTS * H)
+    i_n = i_ns // G
     c_v = i_h * V + (i_v * HALVES + HALF) * 64
     o_v = (i_v * HALVES + HALF) * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
     o_vk = gl.expand_dims(o_v, 1) * K + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, mma)), 0)
-    p_state = state + index * s_state + i_h * (V * K)
+    if HAS_STATE:
+        p_state = state + index.to(gl.int64) * s_state + i_h * (V * K)
+    first = i_n * ((T + 63) // 64) + i_t0
+    if STORE_H and VARLEN:
+        first = i_t0
+        for i in range(i_n):
+            n = gl.load(cu_seqlens + i + 1) - gl.load(cu_seqlens + i)
+            first += (n.to(gl.int32) + 63) // 64
+    i_track = 0
+    if TRACK:
+        i_track = gl.load(track_chunks + i_n).to(gl.int32) - i_t0
     zeros = gl.zeros([64, 64], gl.float32, mma)
     b_S0, b_S1 = zeros, zeros
     if HAS_STARTS:
@@ -94,10 +84,11 @@ def run_chunks(
     row_y = row * 0 + PAST_END  # the first copy, of no output yet, writes nothing
     s_o = s_o.index(HALF)
     t_o = warpgroup_mma_init(zeros)
-    mbarrier.wait(full.index(0), 0)
+    mbarrier.wait(full.index(past % STAGES), (past // STAGES) & 1)
 
     for i_t in range(NT):
-        e = i_t % STAGES
+        x = past + i_t
+        e = x % STAGES
         s_ke, s_ve, s_fe = s_k.index(e), s_v.index(e * HALVES + HALF), chunk_factors(s_f.index(e))
         s_k0, s_k1 = s_ke.slice(0, 64, 1), s_ke.slice(64, 64, 1)
         s_q0, s_q1 = s_q.index(e * 2), s_q.index(e * 2 + 1)
@@ -129,7 +120,7 @@ def run_chunks(
         b_a = factor(s_fe, 0, mma)
         t_X = warpgroup_mma(b_h, s_ke.permute((1, 0)), zeros, use_acc=False, is_async=True)
         b_v = scale_values(b_v, b_b)
-        mbarrier.wait(full_P.index(e), (i_t // STAGES) & 1)
+        mbarrier.wait(full_P.index(e), (x // STAGES) & 1)
         b_d = last_gate(s_fe, mma)
         t_o = warpgroup_mma(b_h0, s_q0.permute((1, 0)), zeros, use_acc=False, is_async=True)
         b_S0 = b_S0 * b_d
@@ -142,7 +133,7 @@ def run_chunks(
         t_U = warpgroup_mma(b_D, s_A.index(e).permute((1, 0)), zeros, use_acc=False, is_async=True)
         t_o = warpgroup_mma(b_h1, s_q1.permute((1, 0)), t_o, is_async=True)
         tma.async_copy_shared_to_global(o_desc, [row_y, c_v], s_o)
-        mbarrier.arrive(free.index((i_t + STAGES - 1) % STAGES), pred=i_t > 0)
+        mbarrier.arrive(free.index((x + STAGES - 1) % STAGES), pred=i_t > 0)
         b_U = warpgroup_mma_wait(1, [t_U])
         b_Ue = gl.convert_layout((b_U * b_e).to(dtype), left)
         t_S0 = warpgroup_mma(b_Ue, s_k0, b_S0, is_async=True)
@@ -150,8 +141,8 @@ def run_chunks(
         b_U = gl.convert_layout(b_U.to(dtype), left)
         b_o = warpgroup_mma_wait(2, [t_o]) * b_c
         t_o = warpgroup_mma(b_U, s_P.index(e).permute((1, 0)), b_o, is_async=True)
-        x = i_t + 1
-        mbarrier.wait(full.index(x % STAGES), (x // STAGES) & 1, pred=x < NT)
+        x += 1
+        mbarrier.wait(full.index(x % STAGES), (x // STAGES) & 1, pred=i_t + 1 < NT)
         tma.store_wait(0)
         barrier()
         if HALVES == 1:
@@ -164,19 +155,18 @@ def run_chunks(
 
     b_o = warpgroup_mma_wait(0, [t_o])
     s_o.permute((1, 0)).store(b_o.to(dtype))
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(free.index((past + NT - 1) % STAGES))
     n = n_tokens - (NT - 1) * 64
     if n < 64:
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         o_r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
         o_c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
-        barrier()
         p_o = o + row_y.to(gl.int64) * (H * V) + c_v + o_r * (H * V) + o_c
         gl.store(p_o, s_o.load(layout), mask=(o_r < n) & (o_c >= 0))
     else:
-        fence_async_shared()
-        barrier()
         tma.async_copy_shared_to_global(o_desc, [row_y, c_v], s_o)
-    tma.store_wait(0)
     if ends is not None:
         p_e = ends + (i_n.to(gl.int64) * H + i_h) * (V * K) + o_vk
         gl.store(p_e, b_S0)
@@ -185,6 +175,31 @@ def run_chunks(
         if (index >= 0) & (n <= 64):
             gl.store(p_state + o_vk, b_S0.to(state.dtype.element_ty))
             gl.store(p_state + o_vk + 64, b_S1.to(state.dtype.element_ty))
+    tma.store_wait(0)
+    barrier()
+
+
+@gluon.jit
+def run_items(
+    o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A, s_P,
+    s_f, s_o, s_m, full, full_P, free, T, G, items, s_state,
+    H: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
+    VARLEN: gl.constexpr, HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr,
+    WRITE_STATE: gl.constexpr, STORE_H: gl.constexpr, TRACK: gl.constexpr, HALF: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: its 64 rows of item after item."""
+    past, n = 0, 0
+    item, i_t0, row, left, _, NT, index = read_place(s_m, n)
+    while item < items:
+        run_item(
+            o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A,
+            s_P, s_f, s_o, full, full_P, free, T, G, s_state, item, i_t0, row, left, NT, index,
+            past, H, V, STAGES, HALVES, VARLEN, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK,
+            HALF,
+        )  # fmt: skip
+        past += NT
+        n += 1
+        item, i_t0, row, left, _, NT, index = read_place(s_m, n)
 
 
 @gluon.jit
@@ -196,32 +211,32 @@ def share_out(
     if HALVES == 2 and OWN_SCORES:
         gl.warp_specialize(
             [
-                (run_chunks, half_0), (run_chunks, half_1), (score_chunks, scores),
+                (run_items, half_0), (run_items, half_1), (score_items, scores),
                 (load_tiles, tiles),
             ],
             [4, 4, 1], [CHUNKS_REGS, SCORES_REGS, 24],
         )  # fmt: skip
     elif HALVES == 2:
         gl.warp_specialize(
-            [(run_chunks, half_0), (run_chunks, half_1), (load_tiles, tiles)],
+            [(run_items, half_0), (run_items, half_1), (load_tiles, tiles)],
             [4, 1], [CHUNKS_REGS, 24],
         )  # fmt: skip
     elif OWN_SCORES:
         gl.warp_specialize(
-            [(run_chunks, half_0), (score_chunks, scores), (load_tiles, tiles)],
+            [(run_items, half_0), (score_items, scores), (load_tiles, tiles)],
             [4, 1], [SCORES_REGS, 24],
         )  # fmt: skip
     else:
-        gl.warp_specialize([(run_chunks, half_0), (load_tiles, tiles)], [1], [24])
+        gl.warp_specialize([(run_items, half_0), (load_tiles, tiles)], [1], [24])
 
 
 @gluon.jit(
-    do_not_specialize=["T", "G", "begin", "end"],
+    do_not_specialize=["T", "G", "items", "begin", "end"],
     do_not_specialize_on_alignment=["cu_seqlens", "state_indices", "track_chunks"],
 )
 def state_kernel_sm90(
     q, k, v, inverses, scores, factors, o_desc, o, h, state, state_indices, starts, track,
-    track_chunks, ends, cu_seqlens, scale, T, G, begin, end, s_state,
+    track_chunks, ends, queue, cu_seqlens, scale, T, G, items, begin, end, s_state,
     H: gl.constexpr, Hg: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HALVES: gl.constexpr,
     STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_STATE: gl.constexpr,
     HAS_INDICES: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
@@ -230,36 +245,16 @@ def state_kernel_sm90(
 ):  # fmt: skip
     """As prefill_state.state_kernel: the same arithmetic, other instructions.
 
-    One program: 64 HALVES rows of the state of one value head through one segment of a sequence; a
-    warpgroup for each 64, one for the scores with OWN_SCORES, and one warp that copies. Where there
-    are no segments (G is 1), only chunks ``begin`` to ``end`` of a sequence, and the state behind
-    them also goes to ``ends``, float32 [N, H, V, K]. Tensor
-    descriptors (bfloat16 or float16 unless said) in tiles of [64, 64]: q and k [T, Hg K], v and
-    o_desc [T, H V], inverses and scores [slots H 64, 64]; in tiles of [8, 64]: factors, float32
-    [slots H 6, 64]. STAGES is the number of copies in flight.
+    One item: 64 HALVES rows of the state of one value head through one segment of a sequence. A
+    program takes item after item, first its own number, then from the queue (int32, 0 at first,
+    unused if there are no more), with a warpgroup for each 64 rows, one for the scores with
+    OWN_SCORES, and one warp that copies, ahead into the next item. Without segments (G is 1), only
+    chunks ``begin`` to ``end`` of a sequence, and the state behind them also goes to ``ends``,
+    float32 [N, H, V, K]. Tensor descriptors (bfloat16 or float16 unless said) in tiles of [64, 64]:
+    q and k [T, Hg K], v and o_desc [T, H V], inverses and scores [slots H 64, 64]; in tiles of
+    [8, 64]: factors, float32 [slots H 6, 64]. STAGES is the number of copies in flight.
     """
     dtype: gl.constexpr = k.dtype
-    i_v, i_h, i_ns = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    i_n = i_ns // G
-    bos, n_tokens, slot = locate(cu_seqlens, i_n, T, VARLEN)
-    i_t0, NT = segment_chunks(i_ns % G, n_tokens, G)
-    i_t0 += begin
-    NT = gl.minimum(NT, end) - begin
-    if NT <= 0:
-        return
-    first = i_n * ((T + 63) // 64) + i_t0
-    if STORE_H and VARLEN:
-        first = i_t0
-        for i in range(i_n):
-            n = gl.load(cu_seqlens + i + 1) - gl.load(cu_seqlens + i)
-            first += (n.to(gl.int32) + 63) // 64
-    i_track = 0
-    if TRACK:
-        i_track = gl.load(track_chunks + i_n).to(gl.int32) - i_t0
-    index = i_n.to(gl.int64)
-    if HAS_INDICES:
-        index = gl.load(state_indices + i_n).to(gl.int64)
-
     s_k = gl.allocate_shared_memory(dtype, [STAGES, 64, 128], k.layout)
     s_v = gl.allocate_shared_memory(dtype, [STAGES * HALVES, 64, 64], v.layout)
     s_A = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], inverses.layout)
@@ -269,29 +264,31 @@ def state_kernel_sm90(
     s_o = gl.allocate_shared_memory(dtype, [HALVES, 64, 64], o_desc.layout)
     full, full_P = stage_barriers(STAGES, 1), stage_barriers(STAGES, 1)
     free = stage_barriers(STAGES, HALVES)
+    PARTS: gl.constexpr = V // (HALVES * 64)
+    s_m = gl.allocate_shared_memory(gl.int32, [PLACES, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    put_place(
+        s_m, 0, gl.program_id(0), queue, cu_seqlens, state_indices, T, G, items, begin, end, H,
+        PARTS, VARLEN, HAS_INDICES,
+    )  # fmt: skip
     fence_async_shared()
     barrier()
 
-    row = bos + i_t0 * 64
-    n_tokens -= i_t0 * 64
-    tile = (slot + i_t0) * H + i_h
-    c_k = i_h // (H // Hg) * K
-    c_v = i_h * V + i_v * (HALVES * 64)
     share_out(
         (
-            o_desc, o, h, state, starts, track, ends, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full,
-            full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h,
-            i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
+            o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A,
+            s_P, s_f, s_o, s_m, full, full_P, free, T, G, items, s_state, H, V, STAGES, HALVES,
+            VARLEN, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
         ),
         (
-            o_desc, o, h, state, starts, track, ends, s_q, s_k, s_v, s_A, s_P, s_f, s_o, full,
-            full_P, free, index, s_state, row, n_tokens, tile, first, i_track, NT, i_n, i_ns, i_h,
-            i_v, H, V, STAGES, HALVES, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 1,
+            o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A,
+            s_P, s_f, s_o, s_m, full, full_P, free, T, G, items, s_state, H, V, STAGES, HALVES,
+            VARLEN, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 1,
         ),
-        (s_q, s_k, s_P, s_f, full, full_P, scale, n_tokens, NT, STAGES, NORM, 64 // HALVES),
+        (s_q, s_k, s_P, s_f, s_m, full, full_P, scale, items, STAGES, NORM, 64 // HALVES),
         (
-            q, k, v, inverses, scores, factors, s_q, s_k, s_v, s_A, s_P, s_f, full, full_P, free,
-            row, tile, NT, c_k, c_v, H, STAGES, HALVES, OWN_SCORES,
+            q, k, v, inverses, scores, factors, state, state_indices, starts, queue, cu_seqlens,
+            s_q, s_k, s_v, s_A, s_P, s_f, s_m, full, full_P, free, T, G, items, begin, end, s_state,
+            H, Hg, V, STAGES, HALVES, VARLEN, HAS_STATE, HAS_INDICES, HAS_STARTS, OWN_SCORES,
         ),
         HALVES, OWN_SCORES, CHUNKS_REGS, SCORES_REGS,
     )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from sglang_trinv.kernels.inverse_sm90 import inverse_kernel_sm90
 from sglang_trinv.kernels.prefill_state_sm90 import state_kernel_sm90
 from sglang_trinv.kernels.prefill_transfer_sm90 import transfer_kernel_sm90
@@ -47,16 +49,19 @@ def run_state_sm90(
     """As the launch of state_kernel in ``prefill_state.run_state``."""
     H, V, K = v.shape[2], v.shape[3], k.shape[3]
     G, halves, flags = config.segments, config.block_v // 64, pass_flags(h, starts, pool)
+    items = V // config.block_v * H * N * G
+    grid = (programs(k.get_device(), items, 1), 1, 1)
+    queue = (k.new_zeros if items > grid[0] else k.new_empty)(1, dtype=torch.int32)
     key = (
         *call_key(q, k, v, pool, cu_seqlens), flags, halves, config.stages, config.maxnreg,
         norm, config.own_scores, ends is None,
     )  # fmt: skip
     launch(
-        state_kernel_sm90, key, (V // config.block_v, H, N * G),
+        state_kernel_sm90, key, grid,
         (rows(q, 64), rows(k, K), rows(v, 64), *workspace(space), rows(o, 64), o,
-         h, pool.state, pool.indices, starts, pool.track, pool.track_chunks, ends, cu_seqlens,
-         scale, T, G, begin, end, slot_stride(pool), H, k.shape[2], K, V, halves, config.stages,
-         cu_seqlens is not None, *flags, norm, config.own_scores, config.chunks_regs,
+         h, pool.state, pool.indices, starts, pool.track, pool.track_chunks, ends, queue,
+         cu_seqlens, scale, T, G, items, begin, end, slot_stride(pool), H, k.shape[2], K, V, halves,
+         config.stages, cu_seqlens is not None, *flags, norm, config.own_scores, config.chunks_regs,
          config.scores_regs),
         num_warps=4, maxnreg=config.maxnreg,
     )  # fmt: skip

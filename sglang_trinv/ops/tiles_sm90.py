@@ -29,9 +29,9 @@ def rows(x: torch.Tensor, width: int) -> Tiles:
     return Tiles(x, [B * T, H * D], [x.stride(1), 1], [64, width])
 
 
-def programs(index: int, tiles: int) -> int:
-    """How many programs of one warp take the tiles in turns."""
-    return min(tiles, _multiprocessors(index) * WARPS)
+def programs(index: int, tiles: int, per_sm: int = WARPS) -> int:
+    """How many programs, of one warp if not said, take the tiles in turns."""
+    return min(tiles, _multiprocessors(index) * per_sm)
 
 
 @functools.cache

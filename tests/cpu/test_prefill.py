@@ -243,7 +243,8 @@ def test_configurations_follow_the_parallelism() -> None:
     assert prefill_config((8, 0), 64, 128, 2.0, False, False) == PrefillConfig()
     assert prefill_config(hopper, 128, 128, 2.0, True, False) == configs.ALONE
     assert prefill_config(hopper, 256, 256, 2.0, True, False) == configs.WIDE
-    assert prefill_config(hopper, 4096, 2, 2.0, True, False) == configs.CROWDED
+    assert prefill_config(hopper, 4096, 4, 2.0, True, False) == configs.CROWDED
+    assert prefill_config(hopper, 4096, 3, 2.0, True, False) == configs.SHORT
     assert prefill_config(hopper, 8, 128, 2.0, False, False) == configs.ALONE
     assert prefill_config(hopper, 4096, 2, 2.0, False, False) == configs.WIDE
     two = replace(configs.ALONE, pieces=2)

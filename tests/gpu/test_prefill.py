@@ -9,6 +9,7 @@ import torch
 
 from sglang_trinv.kernels import configs
 from sglang_trinv.kernels.configs import PrefillConfig
+from sglang_trinv.ops import tiles_sm90
 from sglang_trinv.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from tests.inputs import HARD_INPUTS, LENGTHS
 from tests.prefill_checks import (
@@ -129,6 +130,36 @@ def test_two_pieces_have_the_bits_of_one(n: int, state: torch.dtype, skipped: in
     for one, two in zip(*found, strict=True):
         assert torch.equal(one, two)
     assert skipped == 0 or n == 0 or not torch.equal(found[0][-1], call.pool)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_a_few_programs_take_item_after_item(
+    programs: int, config: PrefillConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if config.state != "sm90":
+        pytest.skip("one program an item")
+    lengths = [0, 0, *RAGGED, 0, 65, *[1] * 9, 129, 0]
+    call = made(HARD_INPUTS["cosine 0.98"], lengths, skipped=4)
+    chunks = sum(-(-n // 64) for n in lengths)  # h has more rows, and nothing in them
+    twin = replace(call, pool=strided(call.pool))
+    o, h = run_prefill(call, config=config)
+    monkeypatch.setattr(tiles_sm90, "_multiprocessors", lambda index: programs)
+    p, i = run_prefill(twin, config=config)
+    assert torch.equal(o, p)
+    assert torch.equal(h[:, :chunks], i[:, :chunks])
+    assert torch.equal(call.pool, twin.pool)
+
+
+def test_without_a_state(config: PrefillConfig) -> None:
+    """As with a pool of zeros."""
+    call = made(HARD_INPUTS["cosine 0.98"], RAGGED, zeros=True)
+    x = call.x
+    o, _ = run_prefill(call, config=config)
+    p, _, _ = chunk_gated_delta_rule(
+        x.q, x.k, x.v, x.g, x.beta, cu_seqlens=x.cu_seqlens, use_qk_l2norm_in_kernel=True,
+        config=config,
+    )  # fmt: skip
+    assert torch.equal(o, p)
 
 
 def test_a_neighbour_that_is_not_a_number(config: PrefillConfig) -> None:

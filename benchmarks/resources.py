@@ -27,6 +27,7 @@ from sglang_trinv.kernels import (
     fwd_intra_sm90,
     inverse_sm90,
     kda_intra,
+    kda_intra_sm90,
     prefill_prepare,
     prefill_segments,
     prefill_state,
@@ -34,7 +35,7 @@ from sglang_trinv.kernels import (
     solve_tril_sm90,
 )
 from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, PrefillConfig
-from sglang_trinv.ops.tiles_sm90 import TILE, TRIL_REGS, WARP_REGS
+from sglang_trinv.ops.tiles_sm90 import KDA_REGS, TILE, TRIL_REGS, WARP_REGS
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
 HALF = (
@@ -102,6 +103,12 @@ def _hopper(module: str, absent: str, maxnreg: int, **more: Any) -> tuple[str, s
     return module, function, constants, {"num_warps": 1, "maxnreg": maxnreg, "tiles": tiles}
 
 
+def _hopper_kda(fuse: bool) -> tuple[str, str, dict, dict]:
+    constants = {"H": 32, "VARLEN": True, "ZERO_UPPER": fuse, **({"Akk": None} if fuse else {})}
+    options = {"num_warps": 4, "maxnreg": KDA_REGS}
+    return "kda_intra_sm90", "kda_intra_kernel_sm90", constants, options
+
+
 KERNELS = {
     "kkt_solve fp16": _step("A", "fp16", 2),
     "kkt_solve bf16x3": _step("A", "bf16x3", 2),
@@ -127,6 +134,8 @@ HOPPER = {
     "kkt_solve fp16, Hopper": _hopper("inverse_sm90", "factors", WARP_REGS, Hg=16, NORM=False),
     "fwd_intra fp16, Hopper": _hopper("fwd_intra_sm90", "A_desc Ai", WARP_REGS, Hg=16),
     "fwd_intra fp16 and Ai, Hopper": _hopper("fwd_intra_sm90", "", WARP_REGS, Hg=16),
+    "kda_intra fused fp16, Hopper": _hopper_kda(True),
+    "kda_intra unfused fp16, Hopper": _hopper_kda(False),
     "solve_tril 64 fp16, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16"),
     "solve_tril 64 fp16x2, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16x2"),
     "prefill inverse fp16, Hopper": _hopper("inverse_sm90", "out", WARP_REGS, Hg=16, NORM=True),
@@ -134,8 +143,8 @@ HOPPER = {
 MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
-        fwd_intra, fwd_intra_sm90, inverse_sm90, kda_intra, prefill_prepare, prefill_segments,
-        prefill_state, solve_tril, solve_tril_sm90,
+        fwd_intra, fwd_intra_sm90, inverse_sm90, kda_intra, kda_intra_sm90, prefill_prepare,
+        prefill_segments, prefill_state, solve_tril, solve_tril_sm90,
     )
 }  # fmt: skip
 
@@ -175,7 +184,7 @@ def compile_kernel(name: str, arch: int | str, **changed: Any) -> Resources:
     target = GPUTarget("cuda", arch, 32) if cuda else GPUTarget("hip", arch, 64)
     signature = {n: TILES if n in tiles else _type(n, constants) for n in source.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
-    language = GluonASTSource if tiles else ASTSource
+    language = GluonASTSource if module.endswith("_sm90") else ASTSource
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(source.arg_names)

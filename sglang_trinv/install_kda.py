@@ -30,6 +30,8 @@ class KdaInstaller(Installer):
         prefill = targets_kda.prefill_backend_of(self.backend)
         if config.kda == "off" or prefill is None:
             return
+        if config.kda == "auto" and not faster_here(runner, config.method):
+            return
         import sglang
 
         target = targets_kda.find(sglang.__version__)
@@ -74,6 +76,25 @@ class KdaInstaller(Installer):
                 f"installed but not on the hot path: SGLang's KDA prefill backend is {prefill}; "
                 "use --linear-attn-prefill-backend triton",
             )
+
+
+def faster_here(runner: Any, method: str) -> bool:
+    """Whether the step is ahead of SGLang's for these layers: those of the kernel for Hopper.
+
+    The measurements are in benchmarks/results/intra-h200.json.
+    """
+    from sglang_trinv import warmup
+    from sglang_trinv.ops.launch import capability
+    from sglang_trinv.ops.methods import dot_precision
+
+    shape, _ = warmup.shape_of(runner, None)
+    device = torch.device(shape.device)
+    return (
+        device.type == "cuda"
+        and capability(torch.cuda.current_device()) == (9, 0)
+        and shape.K == shape.V == 128
+        and dot_precision(method, device, shape.dtype) == "fp16"
+    )
 
 
 def warm_up(shape: Any, method: str) -> None:

@@ -27,14 +27,14 @@ def smaller(a, b):
 
 
 @gluon.jit
-def find_sequence(cu_seqlens, i_t, N):
+def find_sequence(cu_seqlens, i_t, N, layout: gl.constexpr = TOKENS):
     """Chunk i_t's sequence: its first chunk, its first row and the row behind its last.
 
     The chunks of sequence n are those from cu_seqlens[n] // 64 + n on. All loads at once.
     """
     first, bos, eos = 0, 0, 0x7FFFFFFF
     for i in range(0, N + 1, 64):
-        o_n = gl.arange(0, 64, TOKENS) + i
+        o_n = gl.arange(0, 64, layout) + i
         b_bos = gl.load(cu_seqlens + o_n, mask=o_n <= N, other=0x7FFFFFFF).to(gl.int32)
         begun = (b_bos // 64 + o_n <= i_t) & (o_n < N)
         first = gl.maximum(first, gl.reduce(gl.where(begun, b_bos // 64 + o_n, 0), 0, larger))
@@ -44,14 +44,17 @@ def find_sequence(cu_seqlens, i_t, N):
 
 
 @gluon.jit
-def locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN: gl.constexpr):
+def locate(
+    cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN: gl.constexpr,
+    layout: gl.constexpr = TOKENS,
+):  # fmt: skip
     """First row of chunk i_t and how many rows its sequence has from there on, below 1 for none.
 
     Without cu_seqlens a row of the batch has per_row chunks.
     """
     if VARLEN:
         if chunk_indices is None:
-            first, bos, eos = find_sequence(cu_seqlens, i_t, N)
+            first, bos, eos = find_sequence(cu_seqlens, i_t, N, layout)
             o_t = (i_t - first) * 64
         else:
             i_n = gl.load(chunk_indices + i_t * 2).to(gl.int32)

@@ -6,9 +6,16 @@ import torch
 
 from sglang_trinv.kernels.fwd_intra_sm90 import fwd_intra_kernel_sm90
 from sglang_trinv.kernels.inverse_sm90 import inverse_kernel_sm90
+from sglang_trinv.kernels.kda_intra_sm90 import kda_intra_kernel_sm90
 from sglang_trinv.kernels.solve_tril_sm90 import solve_tril_kernel_sm90
 from sglang_trinv.ops.launch import launch
-from sglang_trinv.ops.tiles_sm90 import TRIL_REGS, WARP_REGS, programs, rows
+from sglang_trinv.ops.tiles_sm90 import (
+    KDA_REGS,
+    TRIL_REGS,
+    WARP_REGS,
+    programs,
+    rows,
+)
 
 
 def _sequences(cu_seqlens: torch.Tensor | None) -> int:
@@ -56,4 +63,23 @@ def run_solve_tril_sm90(A, Ai, cu_seqlens, chunk_indices, NT: int, DOT: str) -> 
         (A, rows(Ai, 64), Ai, cu_seqlens, chunk_indices, T, _sequences(cu_seqlens), NT, H, DOT,
          varlen),
         num_warps=1, maxnreg=TRIL_REGS,
+    )  # fmt: skip
+
+
+def run_kda_sm90(
+    q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, NT: int, zeros: bool
+) -> None:  # fmt: skip
+    """As the launch of kda_intra_kernel in ``kda_intra``."""
+    B, T, H, _ = k.shape
+    varlen = cu_seqlens is not None
+    key = (
+        k.get_device(), k.dtype, beta.dtype, H, varlen and cu_seqlens.dtype,
+        chunk_indices is not None and chunk_indices.dtype, Akk is None, zeros,
+        beta.data_ptr() % 16 == 0,
+    )  # fmt: skip
+    launch(
+        kda_intra_kernel_sm90, key, (NT * B * H, 1, 1),
+        (q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, T,
+         _sequences(cu_seqlens), NT, H, varlen, zeros),
+        num_warps=4, maxnreg=KDA_REGS,
     )  # fmt: skip

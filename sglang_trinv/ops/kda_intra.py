@@ -9,9 +9,14 @@ from sglang_trinv.kernels.configs import KDA_INTRA
 from sglang_trinv.kernels.kda_intra import kda_intra_kernel
 from sglang_trinv.ops.check import HALF, check_tensor, check_varlen, want
 from sglang_trinv.ops.chunks import chunk_grid
-from sglang_trinv.ops.fwd_intra import TL_DTYPE, tile
+from sglang_trinv.ops.fwd_intra import TL_DTYPE, fits_hopper, tile
 from sglang_trinv.ops.methods import dot_precision, implementation, interpreted
 from sglang_trinv.ops.torch_path import kda_intra_torch
+
+
+def _fits_hopper(q, k, v, gk) -> bool:
+    """Whether the kernel for Hopper takes the call: 128 channels, read 16 bytes at once."""
+    return fits_hopper(k, v, None) and q.data_ptr() % 16 == 0 == gk.data_ptr() % 16
 
 
 def chunk_kda_fwd_intra(
@@ -86,7 +91,14 @@ def chunk_kda_fwd_intra(
     Aqk = k.new_empty(B, T, H, 64)
     Akk = k.new_empty(B, T, H, 64) if return_A else None
     NT = chunk_grid(T, 64, cu_seqlens, chunk_indices)
-    if NT * H * B > 0:
+    if NT * H * B > 0 and DOT == "fp16" and _fits_hopper(q, k, v, gk):
+        from sglang_trinv.ops.intra_sm90 import run_kda_sm90
+
+        run_kda_sm90(
+            q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, float(scale), NT,
+            fuse_diagonal,
+        )  # fmt: skip
+    elif NT * H * B > 0:
         kda_intra_kernel[(NT, H, B)](
             q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, -1.0, T,
             H=H, K=K, V=V, BK=tile(K, KDA_INTRA.block_k), BDK=tile(K, KDA_INTRA.block_d),

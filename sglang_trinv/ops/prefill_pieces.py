@@ -9,6 +9,8 @@ import torch
 
 from sglang_trinv.ops.prefill_sm90 import run_state_sm90
 
+FIRST = 0.5  # share of the first piece
+
 
 def run_pieces(
     prepare: Callable[[int, int], None], q, k, v, space, o, h, pool, cu_seqlens, scale, T, norm,
@@ -20,7 +22,7 @@ def run_pieces(
     the first one's pass. The state between them is float32, so the bits are those of one piece.
     """
     slots, H = space.factors.shape[:2]
-    middle = slots // 2
+    middle = int(slots * FIRST)
     between = torch.empty(1, H, v.shape[3], k.shape[3], device=k.device, dtype=torch.float32)
     main, side = torch.cuda.current_stream(), _side_stream(k.get_device())
     rest = (pool, cu_seqlens, scale, T, 1, norm, config)

@@ -18,7 +18,7 @@ V = config.PREFIX
 
 def test_defaults() -> None:
     assert Config.from_env({}) == Config(
-        enabled=True, method="auto", gdn="auto", kda="off", force=False, strict=False,
+        enabled=True, method="auto", gdn="auto", kda="auto", force=False, strict=False,
         check=0, run_dir=None, fault="",
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_reads_the_process_and_nothing_else(clean_env: pytest.MonkeyPatch) -> No
         ),
         (f"{V}_METHOD", "", "want auto, mbh_fp16, mbh_fp16x2, mbh_tf32, mbh_tf32x3 or mbh_bf16x3"),
         (f"{V}_GDN", "on", "want auto, intra, full or off"),
-        (f"{V}_KDA", "on", "want intra or off"),
+        (f"{V}_KDA", "on", "want auto, intra or off"),
         (f"{V}_CHECK", "-1", "want a whole number, 0 or more"),
         (f"{V}_CHECK", "1.5", "want a whole number, 0 or more"),
         (f"{V}_CHECK", "", "want a whole number, 0 or more"),

@@ -119,6 +119,30 @@ def test_nothing_is_touched(
     assert process.fields["state"] == before
 
 
+@pytest.mark.parametrize(
+    ("device", "capability", "K", "dtype", "faster"),
+    [
+        ("cuda", (9, 0), 128, torch.bfloat16, True),
+        ("cuda", (9, 0), 64, torch.bfloat16, False),
+        ("cuda", (9, 0), 128, torch.float16, False),
+        ("cuda", (8, 0), 128, torch.bfloat16, False),
+        ("cpu", (9, 0), 128, torch.bfloat16, False),
+    ],
+)
+def test_auto_takes_over_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, device: str, capability: tuple[int, int], K: int,
+    dtype: torch.dtype, faster: bool,
+) -> None:  # fmt: skip
+    from sglang_trinv.ops import launch
+
+    monkeypatch.setattr(launch, "capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = runner(device=device, model_config=SimpleNamespace(dtype=dtype))
+    pool = found.req_to_token_pool.mamba_pool
+    pool.mamba_cache.temporal = torch.empty(20, 2, 8, K, K, device="meta")
+    assert install_kda.faster_here(found, "auto") == faster
+
+
 def test_another_prefill_backend_is_a_warning(
     modules: list[ModuleType], process: ProcessStatus, caplog: pytest.LogCaptureFixture
 ) -> None:

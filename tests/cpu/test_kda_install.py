@@ -107,7 +107,12 @@ def test_installs_once_and_says_so(
 
 @pytest.mark.parametrize(
     ("settings", "found"),
-    [({}, backend()), (ON, backend("TritonGDNKernel", "GDNAttnBackend")), (ON, "full attention")],
+    [
+        ({}, backend()),
+        ({"kda": "auto"}, backend()),
+        (ON, backend("TritonGDNKernel", "GDNAttnBackend")),
+        (ON, "full attention"),
+    ],
 )
 def test_nothing_is_touched(
     modules: list[ModuleType], process: ProcessStatus, settings: dict[str, str], found: Any

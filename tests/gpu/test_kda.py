@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sglang_trinv import ops
+from sglang_trinv.ops import kda_intra
 from sglang_trinv.reference.kda import naive_kda_intra
 from tests.inputs import HARD_INPUTS, LENGTHS, OUTSIDE_BOUND, chunk_indices_of
 from tests.kda_checks import (
@@ -23,6 +24,13 @@ from tests.tolerance import rel_err
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True, params=["this GPU's", "portable"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper the kernel in Gluon, and Triton's, which serves other GPUs and shapes."""
+    if request.param == "portable":
+        monkeypatch.setattr(kda_intra, "_fits_hopper", lambda *tensors: False)
 
 
 def made(*arguments: object, **options: object) -> KdaInputs:
@@ -96,6 +104,20 @@ def test_cuda_graph_and_no_synchronisation(ragged: KdaInputs) -> None:
     again = ops.chunk_kda_fwd_intra(*call, **flags)
     for a, b in zip(read(x, captured), read(x, again), strict=True):
         assert torch.equal(a, b)
+
+
+def test_padded_chunk_indices_and_none(ragged: KdaInputs) -> None:
+    """Rows with a chunk beyond their sequence are padding; without chunk_indices it is the same."""
+    x, indices = ragged, chunk_indices_of(ragged.cu_seqlens)
+    padding = indices.new_tensor([[0, 1 << 20]]).expand(3, 2)
+    padded = torch.cat([indices[:5], padding, indices[5:]]).contiguous()
+    found = []
+    for chosen in (indices, padded, None):
+        call = (x.q, x.k, x.v, x.gk, x.beta, 0.1, x.cu_seqlens, 64, chosen)
+        found.append(read(x, ops.chunk_kda_fwd_intra(*call)))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_no_memory_beyond_the_outputs(ragged: KdaInputs) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -148,12 +147,10 @@ def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
     k, v, g, beta, starts, _, _ = warmup.inputs(shape, 1)
     state = pool[0, :1].clone().zero_()
     slot, chunk = starts[:1], starts[:1] - 1
-    forms = [configs.PrefillConfig(), configs.PrefillConfig(segments=2)]
     hopper = k.is_cuda and torch.cuda.get_device_capability(k.device) == (9, 0)
-    if hopper and shape.K == shape.V == 128:
-        segmented = replace(configs.SEGMENTED, segments=2)
-        forms = [configs.ALONE, configs.WIDE, configs.CROWDED, segmented]
-    calls = [(config, tracks, 1) for config in forms for tracks in (False, True)]
+    forms = configs.prefill_forms(hopper and shape.K == shape.V == 128)
+    # 16 tokens, or 80: two pieces want two chunks.
+    calls = [(c, tracks, 5 if c.pieces == 2 else 1) for c in forms for tracks in (False, True)]
     if k.is_cuda:  # so many programs that the inverse is cut in its other way
         calls.append((forms[0], True, 64 * configs.FEW_PROGRAMS // shape.Hg // k.shape[1] + 1))
     for config, tracks, times in calls:

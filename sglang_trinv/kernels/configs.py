@@ -56,7 +56,7 @@ class PrefillConfig:
     chunks_regs: int = 240  # of the second warpgroup that goes through the chunks ("sm90")
     scores_regs: int = 104  # of the one that computes scores ("sm90")
     segments: int = 1  # a sequence, worked on at once
-    pieces: int = 1  # or 2, one after the other, with overlapping preparation ("sm90")
+    pieces: int = 1  # or 2, of one sequence, the second's preparation on a second stream ("sm90")
 
 
 SMS = 132  # of H100 and H200
@@ -100,6 +100,14 @@ def prefill_config(
         pieces = single and chosen is ALONE and groups <= SMS // 2 and chunks >= PIECES_CHUNKS
         return replace(chosen, pieces=2) if pieces else chosen
     return replace(SEGMENTED if chosen.state == "sm90" else chosen, segments=segments)
+
+
+def prefill_forms(hopper: bool) -> list[PrefillConfig]:
+    """What ``prefill_config`` may choose, any number of segments being two."""
+    if not hopper:
+        return [PrefillConfig(), PrefillConfig(segments=2)]
+    cuts = [ALONE, WIDE, CROWDED, SHORT]
+    return [*cuts, replace(SEGMENTED, segments=2), replace(ALONE, pieces=2)]
 
 
 # Per chunk and program 1.09 us in the state pass (H200, 8192 at 16/32, one program an SM); the rest

@@ -12,7 +12,6 @@ STACK_ROWS = gl.constexpr(gl.SliceLayout(1, STACK.value))
 STACK_COLUMNS = gl.constexpr(gl.SliceLayout(0, STACK.value))
 # One block whose columns, 8 at once, the warps have in turns.
 WIDE = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8]))
-WIDE_ROWS = gl.constexpr(gl.SliceLayout(1, WIDE.value))
 WIDE_COLUMNS = gl.constexpr(gl.SliceLayout(0, WIDE.value))
 WIDE_LEFT = gl.constexpr(gl.DotOperandLayout(0, WIDE.value, 2))
 WIDE_RIGHT = gl.constexpr(gl.DotOperandLayout(1, WIDE.value, 2))

@@ -86,9 +86,10 @@ def chunk_gated_delta_rule(
     Raises:
         UnsupportedCall: shape, dtype, device, head_first or method outside the above.
 
-    Two launches, one more for scores and two more with segments; no host synchronisation,
-    graph-capturable. Workspace: ``Workspace`` and, with segments, K (2 V + K) float32 each for
-    every segment and value head.
+    Two launches, one more for scores and two more with segments; in two pieces these of each, the
+    second one's on a stream of their own. No host synchronisation, graph-capturable. Workspace:
+    ``Workspace``, with segments K (2 V + K) float32 each for every segment and value head, in two
+    pieces K V float32 for every value head.
     """
     if not _plain(q, k, v, g, beta, cu_seqlens, head_first):
         _explain(q, k, v, g, beta, cu_seqlens, head_first)
@@ -117,7 +118,7 @@ def chunk_gated_delta_rule(
         prepare, q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config.state
     )
     rest = (q, k, v, space, o, h, pool, cu_seqlens, scale, T)
-    if config.pieces == 2 and N == 1 and DOT == "fp16":
+    if config.pieces == 2 and config.state == "sm90" and N == 1 < slots and DOT == "fp16":
         from sglang_trinv.ops.prefill_pieces import run_pieces
 
         run_pieces(fill, *rest, norm, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -236,6 +237,19 @@ def test_a_kernel_is_specialised_once_and_then_launched_as_it_is(monkeypatch) ->
     monkeypatch.setattr(launch.knobs.runtime.launch_enter_hook, "calls", [print])
     launch.launch(kernel, "a", (2, 1, 1), (3, 4))
     assert seen[-1] == ((2, 1, 1), (3, 4), {})
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+def test_every_configuration_is_compiled_at_the_start(hopper: bool) -> None:
+    found = set()
+    for groups in (1, 8, 44, 64, 66, 67, 132, 133, 264, 265, 4096):
+        for chunks in (1, 2, 3, 4, 64, 255, 256, 512, 2048):
+            for split, single in itertools.product((False, True), repeat=2):
+                chosen = prefill_config(
+                    (9, 0) if hopper else (8, 0), groups, chunks, 2.0, split, single
+                )
+                found.add(replace(chosen, segments=min(chosen.segments, 2)))
+    assert found == set(configs.prefill_forms(hopper))
 
 
 def test_configurations_follow_the_parallelism() -> None:

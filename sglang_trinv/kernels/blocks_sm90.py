@@ -9,6 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from sglang_trinv.kernels.quarters_sm90 import (
+    BLOCK,
+    add_parts,
     add_product,
     block,
     inv_8,
@@ -16,13 +18,12 @@ from sglang_trinv.kernels.quarters_sm90 import (
     quarters,
     transposed,
     transposed_parts,
-    two_products,
 )
 
-ROWS = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])))
-COLUMNS = gl.constexpr(gl.SliceLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2))
-RIGHT = gl.constexpr(gl.DotOperandLayout(1, gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]), 2))
+ROWS = gl.constexpr(gl.SliceLayout(1, BLOCK.value))
+COLUMNS = gl.constexpr(gl.SliceLayout(0, BLOCK.value))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, BLOCK.value, 2))
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, BLOCK.value, 2))
 
 
 @gluon.jit
@@ -47,6 +48,7 @@ def right_lower(b_x, dtype: gl.constexpr):
 
 @gluon.jit
 def right_full(b_x):
+    """A block of fp16 numbers as the right operand of a product."""
     b_00, b_10, b_01, b_11 = quarters(b_x)
     return right(block(transposed(b_00), transposed(b_01), transposed(b_10), transposed(b_11)))
 
@@ -55,11 +57,7 @@ def right_full(b_x):
 def right_parts(b_x, DOT: gl.constexpr):
     """A block as the right operand of ``times``."""
     b_high, b_low = parts(b_x, DOT)
-    t_high = right_full(b_high)
-    t_low = t_high
-    if DOT == "fp16x2":
-        t_low = right_full(b_low)
-    return t_high, t_low
+    return right_full(b_high), right_full(b_low)
 
 
 @gluon.jit
@@ -104,9 +102,7 @@ def inv_16(b_M, b_N, DOT: gl.constexpr):
     t_E00, t_F00 = transposed(E00.to(f16)), transposed(F00.to(f16))
     t_M, t_N = transposed_parts(M10, DOT), transposed_parts(N10, DOT)
     b_e, b_f = E11.to(f16), F11.to(f16)
-    b_Y, b_Z = two_products(b_e, b_f, t_M[0], t_N[0], M10, N10)
-    if DOT == "fp16x2":
-        b_Y, b_Z = two_products(b_e, b_f, t_M[1], t_N[1], b_Y, b_Z)
+    b_Y, b_Z = add_parts(M10, N10, b_e, b_f, t_M, t_N, DOT)
     E10, F10 = add_product(b_Y, b_Z, b_Y, b_Z, t_E00, t_F00, DOT)
     b_0 = gl.zeros_like(E00)
     t_0 = gl.zeros_like(t_E00)

@@ -77,15 +77,6 @@ def ask(desc, row, c, bar, s_0, s_1):
 
 
 @gluon.jit
-def clear_rows(s, n):
-    """Zero the rows of a tile from row n on: they belong to another sequence."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    o_t = gl.arange(0, 64, gl.SliceLayout(1, layout))
-    x = s.load(layout)
-    s.store(gl.where(gl.expand_dims(o_t < n, 1), x, gl.zeros_like(x)))
-
-
-@gluon.jit
 def gram(s_0, s_1, I: gl.constexpr, J: gl.constexpr):
     """Block (I, J) of K K^T, the columns of K in two halves."""
     b_G = gl.zeros([16, 16], gl.float32, BLOCK)

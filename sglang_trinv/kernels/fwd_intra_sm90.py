@@ -16,7 +16,6 @@ from sglang_trinv.kernels.blocks_sm90 import (
 from sglang_trinv.kernels.chunk_sm90 import (
     TOKENS,
     ask,
-    clear_rows,
     gram_blocks,
     inverse_blocks,
     locate,
@@ -24,7 +23,7 @@ from sglang_trinv.kernels.chunk_sm90 import (
     store_blocks,
 )
 from sglang_trinv.kernels.fwd_intra import LOG2E
-from sglang_trinv.kernels.prefill_tiles_sm90 import barrier
+from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, clear_rows
 from sglang_trinv.kernels.quarters_sm90 import BLOCK
 
 

@@ -8,7 +8,6 @@ from sglang_trinv.kernels.blocks_sm90 import finished, with_identity
 from sglang_trinv.kernels.chunk_sm90 import (
     TOKENS,
     ask,
-    clear_rows,
     find_sequence,
     gram_blocks,
     inverse_blocks,
@@ -18,7 +17,7 @@ from sglang_trinv.kernels.chunk_sm90 import (
     store_length,
 )
 from sglang_trinv.kernels.fwd_intra import LOG2E
-from sglang_trinv.kernels.prefill_tiles_sm90 import barrier
+from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, clear_rows
 
 
 @gluon.jit

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from sglang_trinv.kernels.blocks_sm90 import round_once
+from sglang_trinv.kernels.quarters_sm90 import transposed
 
 # Four blocks [16, 16] one below the other, a warp each.
 STACK = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
@@ -25,21 +26,8 @@ SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))  # rows of 64 byte
 
 
 @gluon.jit
-def stack_right(b_x):
-    """Blocks of a stack as the right operands of stack_mma."""
-    asm: gl.constexpr = (
-        "{ movmatrix.sync.aligned.m8n8.trans.b16 $0, $4;"
-        " movmatrix.sync.aligned.m8n8.trans.b16 $1, $5;"
-        " movmatrix.sync.aligned.m8n8.trans.b16 $2, $6;"
-        " movmatrix.sync.aligned.m8n8.trans.b16 $3, $7; }"
-    )
-    b_x = b_x.to(gl.float16)
-    return gl.inline_asm_elementwise(asm, "=r,=r,=r,=r,r,r,r,r", [b_x], gl.float16, True, 8)
-
-
-@gluon.jit
 def stack_mma(b_x, b_y, acc):
-    """acc + x y, block by block; y from stack_right."""
+    """acc + x y, block by block; y transposed by quarters."""
     asm: gl.constexpr = (
         "{ mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
         " {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$16, $17, $18, $19};"
@@ -61,8 +49,8 @@ def inv_stack(b_N):
     b_E = gl.where((r >> 1) == (c >> 1), b_N, 0.0)
     for s in gl.static_range(1, 4):
         b_M = gl.where(((r >> (s + 1)) == (c >> (s + 1))) & ((r >> s) != (c >> s)), b_N, 0.0)
-        b_Y = stack_mma(b_M, stack_right(b_E), b_M)
-        b_E = stack_mma(b_E, stack_right(b_Y), b_E + b_Y)
+        b_Y = stack_mma(b_M, transposed(b_E.to(gl.float16)), b_M)
+        b_E = stack_mma(b_E, transposed(b_Y.to(gl.float16)), b_E + b_Y)
     return b_E
 
 
@@ -75,12 +63,9 @@ def block(s, I: gl.constexpr):
 @gluon.jit
 def wide_right(b_x):
     """A block as a right operand, in registers."""
-    asm: gl.constexpr = (
-        "{ movmatrix.sync.aligned.m8n8.trans.b16 $0, $2;"
-        " movmatrix.sync.aligned.m8n8.trans.b16 $1, $3; }"
+    b_x = (
+        transposed(b_x.to(gl.float16)).reshape((2, 8, 2, 8)).permute((0, 3, 2, 1)).reshape((16, 16))
     )
-    b_x = gl.inline_asm_elementwise(asm, "=r,=r,r,r", [b_x.to(gl.float16)], gl.float16, True, 4)
-    b_x = b_x.reshape((2, 8, 2, 8)).permute((0, 3, 2, 1)).reshape((16, 16))
     return gl.convert_layout(b_x, WIDE_RIGHT)
 
 

@@ -32,7 +32,7 @@ from sglang_trinv.kernels.kda_tiles_sm90 import (
     natural,
     split_products,
 )
-from sglang_trinv.kernels.prefill_tiles_sm90 import barrier
+from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, store_rows
 
 # 16 bytes a thread: [64, 64] and [64, 16] or [32, 16] tiles of 16-bit results on their way out.
 OUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
@@ -49,14 +49,6 @@ def ask_values(v, s_v, s, n):
     async_copy.async_copy_global_to_shared(s_v.index(0), v + o, mask=m)
     async_copy.async_copy_global_to_shared(s_v.index(1), v + o + 64, mask=m)
     async_copy.commit_group()
-
-
-@gluon.jit
-def put_tile(p, s, s_y, n):
-    """Store a tile [64, 64] of results from shared memory."""
-    o_t, o_c = gl.arange(0, 64, gl.SliceLayout(1, OUT)), gl.arange(0, 64, gl.SliceLayout(0, OUT))
-    m = (gl.expand_dims(o_t, 1) < n) & (gl.expand_dims(o_c, 0) >= 0)
-    gl.store(p + gl.expand_dims(o_t * s, 1) + gl.expand_dims(o_c, 0), s_y.load(OUT), mask=m)
 
 
 @gluon.jit
@@ -246,10 +238,10 @@ def kda_intra_kernel_sm90(
 
     f_0, f_1 = column_factor(gk), column_factor(gk + 64)
     s_0, s_1 = apply(s_kb, s_X, f_0, f_1, dtype, False)
-    put_tile(w, s, s_0, n)
-    put_tile(w + 64, s, s_1, n)
+    store_rows(w, s, s_0, n)
+    store_rows(w + 64, s, s_1, n)
     async_copy.wait_group(0)
     barrier()
     s_0, s_1 = apply(s_v, s_U, f_0, f_1, dtype, True)
-    put_tile(u, s, s_0, n)
-    put_tile(u + 64, s, s_1, n)
+    store_rows(u, s, s_0, n)
+    store_rows(u + 64, s, s_1, n)

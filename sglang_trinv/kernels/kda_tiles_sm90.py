@@ -1,9 +1,9 @@
 """Layouts, factors and small products of the KDA intra-chunk step for Hopper, in Gluon.
 
 A program of four warps has 64 tokens of one head and 64 channels at once. A thread owns 4 channels
-of 8 consecutive tokens, its slots: the cuts at 4, 2 and 1 then lie within a thread, and the factors
-between them are products of the decays from token to token, which are computed once. Scaled rows
-are exchanged in shared memory, from where each warp takes those it multiplies.
+of 8 consecutive tokens, its slots: the cuts at 4, 2 and 1 then lie within a thread, which has the
+gates on both sides. Scaled rows are exchanged in shared memory, from where each warp takes those it
+multiplies.
 """
 
 from triton.experimental import gluon
@@ -13,43 +13,16 @@ from triton.experimental.gluon import language as gl
 SLOT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [1, 4], [1, 0]))
 SLOT_ROWS = gl.constexpr(gl.SliceLayout(1, SLOT.value))
 SLOT_COLUMNS = gl.constexpr(gl.SliceLayout(0, SLOT.value))
-# All eight slots: [64 tokens, 64 channels].
-SLOTS = gl.constexpr(gl.BlockedLayout([8, 4], [8, 4], [1, 4], [1, 0]))
 # [64, 64] and [32, 64] in shared memory: 128 bytes a row, pieces of 16 bytes exchanged so that
 # neither stores of slots nor loads of 16 bytes a thread (CUT: ldmatrix) meet in the same banks.
 # Only one bit of the slot's number takes part: each more would cost addresses, that is registers.
-EXCHANGE = gl.constexpr(
-    gl.SharedLinearLayout(
-        [
-            [0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32],
-            [1, 32], [2, 0], [4, 0], [8, 16], [16, 32], [32, 0],
-        ]
-    )
-)  # fmt: skip
-EXCHANGE_HALF = gl.constexpr(
-    gl.SharedLinearLayout(
-        [
-            [0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32],
-            [1, 32], [2, 0], [4, 0], [8, 16], [16, 32],
-        ]
-    )
-)  # fmt: skip
-CUT = gl.constexpr(
-    gl.SharedLinearLayout(
-        [
-            [0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32],
-            [1, 16], [2, 32], [4, 8], [8, 0], [16, 0], [32, 0],
-        ]
-    )
-)  # fmt: skip
-CUT_HALF = gl.constexpr(
-    gl.SharedLinearLayout(
-        [
-            [0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32],
-            [1, 16], [2, 32], [4, 8], [8, 0], [16, 0],
-        ]
-    )
-)  # fmt: skip
+_ROW = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32]]
+_EXCHANGE = [*_ROW, [1, 32], [2, 0], [4, 0], [8, 16], [16, 32]]
+_CUT = [*_ROW, [1, 16], [2, 32], [4, 8], [8, 0], [16, 0]]
+EXCHANGE = gl.constexpr(gl.SharedLinearLayout([*_EXCHANGE, [32, 0]]))
+EXCHANGE_HALF = gl.constexpr(gl.SharedLinearLayout(_EXCHANGE))
+CUT = gl.constexpr(gl.SharedLinearLayout([*_CUT, [32, 0]]))
+CUT_HALF = gl.constexpr(gl.SharedLinearLayout(_CUT))
 TILES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))  # for ldmatrix alone
 # Operands of unit_products: a unit of 8 rows a warp, a thread has 16 channels of one of them.
 UNITS = gl.constexpr(

@@ -28,6 +28,7 @@ from sglang_trinv.kernels.prefill_tiles_sm90 import (
     read_place,
     scale_values,
     stage_barriers,
+    store_rows,
 )
 
 # A row that no tensor has. Hopper traps a store at a negative coordinate.
@@ -160,11 +161,7 @@ def run_item(
     mbarrier.arrive(free.index((past + NT - 1) % STAGES))
     n = n_tokens - (NT - 1) * 64
     if n < 64:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        o_r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
-        o_c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
-        p_o = o + row_y.to(gl.int64) * (H * V) + c_v + o_r * (H * V) + o_c
-        gl.store(p_o, s_o.load(layout), mask=(o_r < n) & (o_c >= 0))
+        store_rows(o + row_y.to(gl.int64) * (H * V) + c_v, H * V, s_o, n)
     else:
         tma.async_copy_shared_to_global(o_desc, [row_y, c_v], s_o)
     if ends is not None:

@@ -11,10 +11,19 @@ PLACES = gl.constexpr(8)  # items written down at once: more than there are stag
 @gluon.jit
 def clear_rows(s, n):
     """Zero the rows of a tile from row n on: they belong to another sequence."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     o_t = gl.arange(0, 64, gl.SliceLayout(1, layout))
     x = s.load(layout)
     s.store(gl.where(gl.expand_dims(o_t < n, 1), x, gl.zeros_like(x)))
+
+
+@gluon.jit
+def store_rows(p, stride, s, n):
+    """Store the rows of a tile before row n, 16 bytes a thread: its last ones may be another's."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    o_r = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, layout)), 1)
+    o_c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
+    gl.store(p + o_r * stride + o_c, s.load(layout), mask=(o_r < n) & (o_c >= 0))
 
 
 @gluon.jit

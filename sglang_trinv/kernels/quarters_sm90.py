@@ -34,7 +34,7 @@ def block(b_00, b_10, b_01, b_11):
 
 @gluon.jit
 def transposed(b_x):
-    """The transpose of a quarter of 16-bit numbers, in registers."""
+    """The transpose of each quarter of 16-bit numbers, in registers."""
     asm: gl.constexpr = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
     return gl.inline_asm_elementwise(asm, "=r,r", [b_x], b_x.dtype, True, 2)
 
@@ -51,12 +51,9 @@ def parts(b_x, DOT: gl.constexpr):
 
 @gluon.jit
 def transposed_parts(b_x, DOT: gl.constexpr):
+    """The parts of a quarter, transposed: the right operand of ``add_parts``."""
     b_high, b_low = parts(b_x, DOT)
-    t_high = transposed(b_high)
-    t_low = t_high
-    if DOT == "fp16x2":
-        t_low = transposed(b_low)
-    return t_high, t_low
+    return transposed(b_high), transposed(b_low)
 
 
 @gluon.jit
@@ -65,6 +62,11 @@ def kept(b_x, b_mask):
     return gl.inline_asm_elementwise(
         "and.b32 $0, $1, $2;", "=r,r,r", [b_x, b_mask], gl.float16, True, 2
     )
+
+
+@gluon.jit
+def kept_parts(t_x, b_mask):
+    return kept(t_x[0], b_mask), kept(t_x[1], b_mask)
 
 
 @gluon.jit
@@ -87,11 +89,17 @@ def join_levels(b_E, t_E, b_F, t_F, b_M, t_M, b_N, t_N, DOT: gl.constexpr):
 
     t_E and t_F are transposed; t_M and t_N are the parts of M and N, transposed.
     """
-    b_e, b_f = b_E.to(gl.float16), b_F.to(gl.float16)
-    b_Y, b_Z = two_products(b_e, b_f, t_M[0], t_N[0], b_M, b_N)
-    if DOT == "fp16x2":
-        b_Y, b_Z = two_products(b_e, b_f, t_M[1], t_N[1], b_Y, b_Z)
+    b_Y, b_Z = add_parts(b_M, b_N, b_E.to(gl.float16), b_F.to(gl.float16), t_M, t_N, DOT)
     return add_product(b_E + b_Y, b_F + b_Z, b_Y, b_Z, t_E, t_F, DOT)
+
+
+@gluon.jit
+def add_parts(acc_x, acc_y, b_e, b_f, t_M, t_N, DOT: gl.constexpr):
+    """acc_x + e M and acc_y + f N; t_M and t_N are the parts of M and N, transposed."""
+    acc_x, acc_y = two_products(b_e, b_f, t_M[0], t_N[0], acc_x, acc_y)
+    if DOT == "fp16x2":
+        acc_x, acc_y = two_products(b_e, b_f, t_M[1], t_N[1], acc_x, acc_y)
+    return acc_x, acc_y
 
 
 @gluon.jit
@@ -116,11 +124,11 @@ def inv_8(b_M, t_M, b_N, t_N, DOT: gl.constexpr):
     b_E, b_F = gl.where(two, b_M, 0.0), gl.where(two, b_N, 0.0)
     b_E, b_F = join_levels(
         b_E, kept(t_M[0], m_2), b_F, kept(t_N[0], m_2),
-        gl.where(four & ~two, b_M, 0.0), (kept(t_M[0], m_4), kept(t_M[1], m_4)),
-        gl.where(four & ~two, b_N, 0.0), (kept(t_N[0], m_4), kept(t_N[1], m_4)), DOT,
+        gl.where(four & ~two, b_M, 0.0), kept_parts(t_M, m_4),
+        gl.where(four & ~two, b_N, 0.0), kept_parts(t_N, m_4), DOT,
     )  # fmt: skip
     return join_levels(
         b_E, transposed(b_E.to(gl.float16)), b_F, transposed(b_F.to(gl.float16)),
-        gl.where(four, 0.0, b_M), (kept(t_M[0], m_8), kept(t_M[1], m_8)),
-        gl.where(four, 0.0, b_N), (kept(t_N[0], m_8), kept(t_N[1], m_8)), DOT,
+        gl.where(four, 0.0, b_M), kept_parts(t_M, m_8),
+        gl.where(four, 0.0, b_N), kept_parts(t_N, m_8), DOT,
     )  # fmt: skip

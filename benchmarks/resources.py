@@ -39,12 +39,13 @@ from sglang_trinv.ops.tiles_sm90 import KDA_REGS, TILE, TRIL_REGS, WARP_REGS
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
 HALF = (
-    "q", "k", "v", "w", "u", "kg", "Ai", "Aqk", "Akk", "inverses", "out", "scores", "o", "h",
+    "q", "k", "v", "v_rows", "w", "u", "kg", "Ai", "Aqk", "Akk", "inverses", "out", "scores", "o",
+    "h",
 )  # fmt: skip
 FLOAT = ("A", "g", "gk", "beta", "factors", "state", "starts", "ends", "track")
 SCALAR = ("scale", "unit")
 TILES = f"tensordesc<bf16[64, 64],{TILE!r}>"
-INDEX = ("cu_seqlens", "chunk_indices", "state_indices", "track_chunks")
+INDEX = ("marks", "cu_seqlens", "chunk_indices", "state_indices", "track_chunks")
 SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128, "BK": 128, "BDK": 64, "BDV": 64}
 FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
 
@@ -77,7 +78,7 @@ PREFILL = {"IO": tl.bfloat16, "VARLEN": True}
 
 def _prepare(function: str, **more: Any) -> tuple[str, str, dict, dict]:
     shape = {"H": 32, "Hg": 16, "K": 128, "GROUP": 2, "BN": 64, "NORM": True}
-    warps = 1 if function == "inverse_kernel" else 4
+    warps = 1 if function == "inverse_kernel" else 8 if more.get("BESIDE") else 4
     return "prefill_prepare", function, {**shape, **PREFILL, **more}, {"num_warps": warps}
 
 
@@ -122,23 +123,28 @@ KERNELS = {
     "solve_tril 32 fp16": _tril(32, "fp16"),
     "solve_tril 16 fp16": _tril(16, "fp16"),
     "prefill inverse fp16": _prepare("inverse_kernel", BK=128, DOT="fp16"),
-    "prefill scores": _prepare("scores_kernel"),
+    "prefill scores": _prepare("scores_kernel", marks=None, EARLY=False, BESIDE=False),
     "prefill state": _state(),
     "prefill transfer": _segments("transfer_kernel", 4, **HEADS, **PREFILL, BV=64, STAGES=2),
     "prefill combine": _segments(
         "combine_kernel", 8, H=32, K=128, V=128, BV=16, DOT="tf32x3", VARLEN=True, HAS_STATE=True,
-        HAS_INDICES=True,
+        HAS_INDICES=True, EARLY=False,
     ),
 }  # fmt: skip
 HOPPER = {
-    "kkt_solve fp16, Hopper": _hopper("inverse_sm90", "factors", WARP_REGS, Hg=16, NORM=False),
-    "fwd_intra fp16, Hopper": _hopper("fwd_intra_sm90", "A_desc Ai", WARP_REGS, Hg=16),
-    "fwd_intra fp16 and Ai, Hopper": _hopper("fwd_intra_sm90", "", WARP_REGS, Hg=16),
+    "kkt_solve fp16, Hopper": _hopper(
+        "inverse_sm90", "factors marks", WARP_REGS, Hg=16, NORM=False, BESIDE=False
+    ),
+    "fwd_intra fp16, Hopper": _hopper("fwd_intra_sm90", "A_desc Ai", WARP_REGS, Hg=16, FEW=True),
+    "fwd_intra fp16 and Ai, Hopper": _hopper("fwd_intra_sm90", "", WARP_REGS, Hg=16, FEW=False),
     "kda_intra fused fp16, Hopper": _hopper_kda(True),
     "kda_intra unfused fp16, Hopper": _hopper_kda(False),
     "solve_tril 64 fp16, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16"),
     "solve_tril 64 fp16x2, Hopper": _hopper("solve_tril_sm90", "", TRIL_REGS, DOT="fp16x2"),
-    "prefill inverse fp16, Hopper": _hopper("inverse_sm90", "out", WARP_REGS, Hg=16, NORM=True),
+    "prefill inverse fp16, Hopper": _hopper(
+        "inverse_sm90", "out", WARP_REGS, Hg=16, NORM=True, BESIDE=True
+    ),
+    "prefill scores, Hopper": _prepare("scores_kernel", EARLY=True, BESIDE=True),
 }
 MODULES = {
     module.__name__.rpartition(".")[2]: module

@@ -149,8 +149,7 @@ def warm_up(shape: warmup.Shape, pool: torch.Tensor, method: str) -> None:
     slot, chunk = starts[:1], starts[:1] - 1
     hopper = k.is_cuda and torch.cuda.get_device_capability(k.device) == (9, 0)
     forms = configs.prefill_forms(hopper and shape.K == shape.V == 128)
-    # 16 tokens, or 80: two pieces want two chunks.
-    calls = [(c, tracks, 5 if c.pieces == 2 else 1) for c in forms for tracks in (False, True)]
+    calls = [(c, tracks, 1) for c in forms for tracks in (False, True)]
     if k.is_cuda:  # so many programs that the inverse is cut in its other way
         calls.append((forms[0], True, 64 * configs.FEW_PROGRAMS // shape.Hg // k.shape[1] + 1))
     for config, tracks, times in calls:

@@ -56,7 +56,7 @@ class PrefillConfig:
     chunks_regs: int = 240  # of the second warpgroup that goes through the chunks ("sm90")
     scores_regs: int = 104  # of the one that computes scores ("sm90")
     segments: int = 1  # a sequence, worked on at once
-    pieces: int = 1  # or 2, of one sequence, the second's preparation on a second stream ("sm90")
+    beside: bool = False  # scores by idle multiprocessors meanwhile ("sm90", no segments)
 
 
 SMS = 132  # of H100 and H200
@@ -72,9 +72,7 @@ CROWDED = replace(WIDE, maxnreg=128, own_scores=True, chunks_regs=216, scores_re
 # H200, us, whole calls at 16/32: 64 x 128 tokens 211 with two stages, 219 with three; 16 x 512 178
 # and 151.
 FEW_CHUNKS, SHORT = 3, replace(CROWDED, stages=2)
-# H200, us, whole calls at 16/32, in two pieces and in one: 32768 tokens 695 and 741; 8192 214 and
-# 209.
-PIECES_CHUNKS = 256
+BESIDE = replace(ALONE, beside=True)
 
 
 @functools.cache
@@ -87,7 +85,7 @@ def prefill_config(
     Args:
         transfer_ratio: rows of a segment's transfer matrices, for each row of the state.
         split: whether sequences may be cut into segments, and other things be done that change
-            bits: ALONE and WIDE give the same, and so does one piece or two.
+            bits: ALONE, BESIDE and WIDE give the same.
         single: whether there is one sequence.
     """
     chosen = PrefillConfig()
@@ -97,8 +95,7 @@ def prefill_config(
         chosen = ALONE if groups <= SMS else many if crowded else WIDE
     segments = prefill_segments(groups, chunks, transfer_ratio) if split else 1
     if segments == 1:
-        pieces = single and chosen is ALONE and groups <= SMS // 2 and chunks >= PIECES_CHUNKS
-        return replace(chosen, pieces=2) if pieces else chosen
+        return BESIDE if single and chosen is ALONE and groups <= SMS // 2 else chosen
     return replace(SEGMENTED if chosen.state == "sm90" else chosen, segments=segments)
 
 
@@ -106,8 +103,7 @@ def prefill_forms(hopper: bool) -> list[PrefillConfig]:
     """What ``prefill_config`` may choose, any number of segments being two."""
     if not hopper:
         return [PrefillConfig(), PrefillConfig(segments=2)]
-    cuts = [ALONE, WIDE, CROWDED, SHORT]
-    return [*cuts, replace(SEGMENTED, segments=2), replace(ALONE, pieces=2)]
+    return [ALONE, BESIDE, WIDE, CROWDED, SHORT, replace(SEGMENTED, segments=2)]
 
 
 # Per chunk and program 1.09 us in the state pass (H200, 8192 at 16/32, one program an SM); the rest

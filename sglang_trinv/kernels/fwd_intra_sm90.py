@@ -95,14 +95,16 @@ def ask_half(desc, row, c, bar, s, PENDING: gl.constexpr):
     do_not_specialize_on_alignment=["cu_seqlens", "chunk_indices"],
 )
 def fwd_intra_kernel_sm90(
-    k, v, w_desc, u_desc, A_desc, w, u, Ai, g, beta, cu_seqlens, chunk_indices, T, N, per_row,
-    H: gl.constexpr, Hg: gl.constexpr, VARLEN: gl.constexpr,
+    k, v, w_desc, u_desc, A_desc, v_rows, w, u, Ai, g, beta, cu_seqlens, chunk_indices, T, N,
+    per_row, s_v,
+    H: gl.constexpr, Hg: gl.constexpr, VARLEN: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """One program, one warp: a chunk of 64 tokens of one value head; K and V are 128.
 
     Tensor descriptors in tiles of [64, 64]: k [T, Hg K], v and u_desc [T, H V], w_desc [T, H K],
     A_desc [T, H 64] or None; the results again as pointers, for the last rows of a sequence. g and
-    beta as in fwd_intra_kernel.
+    beta as in fwd_intra_kernel. With FEW, no more programs than fit the GPU, L2 fetches v (v_rows,
+    s_v from token to token) before there is room for it; with more it would fetch too much.
     """
     i_h = gl.program_id(0) % H
     bar = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -125,6 +127,10 @@ def fwd_intra_kernel_sm90(
     s_s = gl.allocate_shared_memory(gl.float32, [64], flat)
     o_t = gl.arange(0, 64, TOKENS)
     p_t = (row + gl.minimum(o_t, n - 1)).to(gl.int64) * H + i_h
+    if FEW:
+        o_v = (row + gl.minimum(o_t, n - 1)).to(gl.int64) * s_v + i_h * 128
+        fetch: gl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
+        gl.inline_asm_elementwise(fetch, "=r,l", [(v_rows + o_v).to(gl.int64)], gl.int32, False, 1)
     b_b = gl.where(o_t < n, gl.load(beta + p_t).to(gl.float32), 0.0)
     b_g = gl.zeros([64], gl.float32, TOKENS)
     if g is not None:

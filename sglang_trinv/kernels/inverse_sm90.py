@@ -3,6 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from sglang_trinv.kernels.blocks_sm90 import finished, with_identity
 from sglang_trinv.kernels.chunk_sm90 import (
@@ -66,20 +67,21 @@ def ask_tile(
 
 
 @gluon.jit(
-    do_not_specialize=["T", "N", "per_row", "begin", "tiles"],
+    do_not_specialize=["T", "N", "per_row", "tiles"],
     do_not_specialize_on_alignment=["cu_seqlens", "chunk_indices"],
 )
 def inverse_kernel_sm90(
-    k, g, beta, out_desc, out, factors, cu_seqlens, chunk_indices, T, N, per_row, begin,
-    tiles,
+    k, g, beta, out_desc, out, factors, marks, cu_seqlens, chunk_indices, T, N, per_row, tiles,
     H: gl.constexpr, Hg: gl.constexpr, VARLEN: gl.constexpr, NORM: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):  # fmt: skip
     """One warp a program: chunk by chunk of one value head, with the next one's keys on the way.
 
-    Tiles (a chunk of a head, heads first) from ``begin`` to ``tiles``.
+    A tile is a chunk of a head, heads first.
     Tensor descriptors in tiles of [64, 64]: k [T, Hg 128] and out_desc. K is 128.
-    kkt_solve: g is summed over the chunk, out [T, H, 64], out_desc [T, H 64], factors None.
-    Prefill: g is not summed, out None, out_desc [slots H 64, 64], factors as inverse_kernel's.
+    kkt_solve: g is summed over the chunk, out [T, H, 64], out_desc [T, H 64], factors and marks
+    None. Prefill: g is not summed, out None, out_desc [slots H 64, 64], factors as
+    inverse_kernel's, and the marks of state_kernel_sm90, which are set to zero.
     """
     PREFILL: gl.constexpr = factors is not None
     dtype: gl.constexpr = k.dtype
@@ -95,7 +97,10 @@ def inverse_kernel_sm90(
     fence_async_shared()
     barrier()
     o_t = gl.arange(0, 64, TOKENS)
-    phase, i_p, step = 0, gl.program_id(0) + begin, gl.num_programs(0)
+    phase, i_p, step = 0, gl.program_id(0), gl.num_programs(0)
+    if PREFILL:
+        gdc_launch_dependents()
+        gl.store(marks, 0)
     first, bos, eos = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(-64)  # no sequence yet
     row_next, n_next, first, bos, eos = locate_tile(
         cu_seqlens, chunk_indices, i_p, tiles, T, N, per_row, first, bos, eos, H, VARLEN
@@ -136,6 +141,8 @@ def inverse_kernel_sm90(
                 store_length(s_r, G[9], 3, n, NORM)
                 b_r = s_r.load(TOKENS)
                 p_f = factors + p.to(gl.int64) * 384 + o_t
+                if BESIDE:
+                    gl.store(marks + 1 + p // (H // Hg), 0)
                 gl.store(p_f, b_b * b_r * gl.exp2(b_g))
                 gl.store(p_f + 64, b_b)
                 gl.store(p_f + 128, b_r * gl.exp2(g_last - b_g))

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
 from sglang_trinv.kernels.chunks import load_gate, load_rows, store_block_row
@@ -170,36 +171,61 @@ def inverse_kernel(
         store_block_row(p_A, 64, o_t + 48, 64, 4, X30, X31, X32, E33)
 
 
-@triton.jit(do_not_specialize=["T", "N", "begin"], do_not_specialize_on_alignment=["cu_seqlens"])
+@triton.jit
+def score_tile(
+    q, k, scores, factors, cu_seqlens, scale, T, N, s_q, s_k, i_s, i_hg,
+    H: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, IO: tl.constexpr,
+    VARLEN: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Slot i_s of the GROUP value heads of key head i_hg: see scores_kernel."""
+    row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
+    if T > 0:
+        o_t, o_k = tl.arange(0, 64), tl.arange(0, K)
+        b_q = load_rows(q + row * s_q + i_hg * K, s_q, o_t, o_k, T)
+        b_k = load_rows(k + row * s_k + i_hg * K, s_k, o_t, o_k, T)
+        b_rq = length_factor(square_sum(b_q), NORM) * scale
+        p_f = factors + (i_s.to(tl.int64) * H + i_hg * GROUP) * 384 + o_t
+        b_G = tl.dot(b_q.to(IO), tl.trans(b_k.to(IO))) * tl.load(p_f + 320)[None, :]
+        b_G = tl.where(o_t[:, None] >= o_t[None, :], b_G, 0.0) * b_rq[:, None]
+        p_P = scores + (i_s.to(tl.int64) * H + i_hg * GROUP) * 4096
+        p_P += o_t[:, None] * 64 + o_t[None, :]
+        for _ in range(GROUP):
+            b_g = tl.load(p_f + 256)
+            tl.store(p_f + 192, b_rq * tl.exp2(b_g))
+            b_P = b_G * tl.exp2(tl.minimum(b_g[:, None] - b_g[None, :], 0.0))
+            tl.store(p_P, b_P.to(scores.dtype.element_ty))
+            p_f += 384
+            p_P += 4096
+
+
+@triton.jit(do_not_specialize=["T", "N", "tiles"], do_not_specialize_on_alignment=["cu_seqlens"])
 def scores_kernel(
-    q, k, scores, factors, cu_seqlens, scale, T, N, begin, s_q, s_k,
+    q, k, scores, factors, marks, cu_seqlens, scale, T, N, tiles, s_q, s_k,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-    IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr,
+    IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):  # fmt: skip
     """P_ij = scale exp(g_i - g_j) r_i q_i.k_j r_j for i >= j, else 0, and the queries' factors.
 
-    q is normalised here. One program: one chunk, from slot ``begin`` on, and GROUP value heads of
-    one key head. Layouts as
-    in inverse_kernel, which wrote the keys' factors before, and scores [slots, H, 64, 64]: P; scale
-    exp(g_i) r_i of the queries is the factor that was left free.
+    q is normalised here. One program: one chunk and the GROUP value heads of one key head. Layouts
+    as in inverse_kernel, which wrote the keys' factors before, and scores [slots, H, 64, 64]: P;
+    scale exp(g_i) r_i of the queries is the factor that was left free. With BESIDE programs take
+    chunk after chunk of a key head, heads first, while the state pass runs: marks[1 + chunk Hg +
+    head] becomes 1 when all is stored. With EARLY the kernel before may still run.
     """
-    i_s = begin + tl.program_id(0)
-    row, T = locate_slot(cu_seqlens, i_s, N, VARLEN, T, BN)
-    if T <= 0:
-        return
-    i_h0 = tl.program_id(1) * GROUP
-    o_t, o_k = tl.arange(0, 64), tl.arange(0, K)
-    b_q = load_rows(q + row * s_q + i_h0 // (H // Hg) * K, s_q, o_t, o_k, T)
-    b_k = load_rows(k + row * s_k + i_h0 // (H // Hg) * K, s_k, o_t, o_k, T)
-    b_rq = length_factor(square_sum(b_q), NORM) * scale
-    p_f = factors + (i_s.to(tl.int64) * H + i_h0) * 384 + o_t
-    b_G = tl.dot(b_q.to(IO), tl.trans(b_k.to(IO))) * tl.load(p_f + 320)[None, :]
-    b_G = tl.where(o_t[:, None] >= o_t[None, :], b_G, 0.0) * b_rq[:, None]
-    p_P = scores + (i_s.to(tl.int64) * H + i_h0) * 4096 + o_t[:, None] * 64 + o_t[None, :]
-    for _ in range(GROUP):
-        b_g = tl.load(p_f + 256)
-        tl.store(p_f + 192, b_rq * tl.exp2(b_g))
-        b_P = b_G * tl.exp2(tl.minimum(b_g[:, None] - b_g[None, :], 0.0))
-        tl.store(p_P, b_P.to(scores.dtype.element_ty))
-        p_f += 384
-        p_P += 4096
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    if BESIDE:
+        for p in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            score_tile(
+                q, k, scores, factors, cu_seqlens, scale, T, N, s_q, s_k, p // Hg, p % Hg,
+                H, K, GROUP, BN, IO, VARLEN, NORM,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.atomic_xchg(marks + 1 + p, 1, sem="release")
+    else:
+        score_tile(
+            q, k, scores, factors, cu_seqlens, scale, T, N, s_q, s_k, tl.program_id(0),
+            tl.program_id(1), H, K, GROUP, BN, IO, VARLEN, NORM,
+        )  # fmt: skip

@@ -6,6 +6,7 @@ at once, and only these small products remain one after the other.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_trinv.kernels.prefill_state import locate_sequence, segment
 
@@ -61,13 +62,16 @@ def transfer_kernel(
 def combine_kernel(
     ends, starts, state, state_indices, cu_seqlens, T, G, s_state,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
-    VARLEN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INDICES: tl.constexpr,
+    VARLEN: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INDICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """starts[n, 0] = state; starts[n, s + 1] = starts[n, s] M_s + L_s, float32 [N G, H, V, K].
 
     One program: BV rows of the state of one value head through all segments of a sequence. Nothing
-    is written for segments without chunks.
+    is written for segments without chunks. With EARLY the kernel before may still run.
     """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     i_v, i_h, i_n = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     _, n_tokens, _ = locate_sequence(cu_seqlens, i_n, T, VARLEN)
     if n_tokens <= 0:

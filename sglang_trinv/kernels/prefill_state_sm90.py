@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from sglang_trinv.kernels.prefill_scores_sm90 import score_items
 from sglang_trinv.kernels.prefill_tiles_sm90 import (
@@ -37,7 +38,7 @@ PAST_END = gl.constexpr(1 << 30)
 
 @gluon.jit
 def run_item(
-    o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A, s_P,
+    o_desc, o, h, state, starts, track, track_chunks, cu_seqlens, s_q, s_k, s_v, s_A, s_P,
     s_f, s_o, full, full_P, free, T, G, s_state, item, i_t0, row, n_tokens, NT, index, past,
     H: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     VARLEN: gl.constexpr, HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr,
@@ -164,10 +165,6 @@ def run_item(
         store_rows(o + row_y.to(gl.int64) * (H * V) + c_v, H * V, s_o, n)
     else:
         tma.async_copy_shared_to_global(o_desc, [row_y, c_v], s_o)
-    if ends is not None:
-        p_e = ends + (i_n.to(gl.int64) * H + i_h) * (V * K) + o_vk
-        gl.store(p_e, b_S0)
-        gl.store(p_e + 64, b_S1)
     if WRITE_STATE:
         if (index >= 0) & (n <= 64):
             gl.store(p_state + o_vk, b_S0.to(state.dtype.element_ty))
@@ -178,7 +175,7 @@ def run_item(
 
 @gluon.jit
 def run_items(
-    o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A, s_P,
+    o_desc, o, h, state, starts, track, track_chunks, cu_seqlens, s_q, s_k, s_v, s_A, s_P,
     s_f, s_o, s_m, full, full_P, free, T, G, items, s_state,
     H: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr,
     VARLEN: gl.constexpr, HAS_STATE: gl.constexpr, HAS_STARTS: gl.constexpr,
@@ -189,7 +186,7 @@ def run_items(
     item, i_t0, row, left, _, NT, index = read_place(s_m, n)
     while item < items:
         run_item(
-            o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A,
+            o_desc, o, h, state, starts, track, track_chunks, cu_seqlens, s_q, s_k, s_v, s_A,
             s_P, s_f, s_o, full, full_P, free, T, G, s_state, item, i_t0, row, left, NT, index,
             past, H, V, STAGES, HALVES, VARLEN, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK,
             HALF,
@@ -228,28 +225,27 @@ def share_out(
 
 
 @gluon.jit(
-    do_not_specialize=["T", "G", "items", "begin", "end"],
+    do_not_specialize=["T", "G", "items"],
     do_not_specialize_on_alignment=["cu_seqlens", "state_indices", "track_chunks"],
 )
 def state_kernel_sm90(
     q, k, v, inverses, scores, factors, o_desc, o, h, state, state_indices, starts, track,
-    track_chunks, ends, queue, cu_seqlens, scale, T, G, items, begin, end, s_state,
+    track_chunks, marks, cu_seqlens, scale, T, G, items, s_state,
     H: gl.constexpr, Hg: gl.constexpr, K: gl.constexpr, V: gl.constexpr, HALVES: gl.constexpr,
     STAGES: gl.constexpr, VARLEN: gl.constexpr, HAS_STATE: gl.constexpr,
     HAS_INDICES: gl.constexpr, HAS_STARTS: gl.constexpr, WRITE_STATE: gl.constexpr,
     STORE_H: gl.constexpr, TRACK: gl.constexpr, NORM: gl.constexpr, OWN_SCORES: gl.constexpr,
-    CHUNKS_REGS: gl.constexpr, SCORES_REGS: gl.constexpr,
+    CHUNKS_REGS: gl.constexpr, SCORES_REGS: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     """As prefill_state.state_kernel: the same arithmetic, other instructions.
 
     One item: 64 HALVES rows of the state of one value head through one segment of a sequence. A
-    program takes item after item, first its own number, then from the queue (int32, 0 at first,
-    unused if there are no more), with a warpgroup for each 64 rows, one for the scores with
-    OWN_SCORES, and one warp that copies, ahead into the next item. Without segments (G is 1), only
-    chunks ``begin`` to ``end`` of a sequence, and the state behind them also goes to ``ends``,
-    float32 [N, H, V, K]. Tensor descriptors (bfloat16 or float16 unless said) in tiles of [64, 64]:
-    q and k [T, Hg K], v and o_desc [T, H V], inverses and scores [slots H 64, 64]; in tiles of
-    [8, 64]: factors, float32 [slots H 6, 64]. STAGES is the number of copies in flight.
+    program takes item after item, first its own number, then the one that marks[0] (int32, 0 at
+    first) counts, with a warpgroup for each 64 rows, one for the scores with OWN_SCORES, and one
+    warp that copies, ahead into the next item. With BESIDE the scores are computed meanwhile: see
+    scores_kernel for the other marks. Tensor descriptors (bfloat16 or float16 unless said) in tiles
+    of [64, 64]: q and k [T, Hg K], v and o_desc [T, H V], inverses and scores [slots H 64, 64]; in
+    tiles of [8, 64]: factors, float32 [slots H 6, 64]. STAGES is the number of copies in flight.
     """
     dtype: gl.constexpr = k.dtype
     s_k = gl.allocate_shared_memory(dtype, [STAGES, 64, 128], k.layout)
@@ -262,30 +258,33 @@ def state_kernel_sm90(
     full, full_P = stage_barriers(STAGES, 1), stage_barriers(STAGES, 1)
     free = stage_barriers(STAGES, HALVES)
     PARTS: gl.constexpr = V // (HALVES * 64)
+    if not BESIDE:
+        gdc_wait()
     s_m = gl.allocate_shared_memory(gl.int32, [PLACES, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     put_place(
-        s_m, 0, gl.program_id(0), queue, cu_seqlens, state_indices, T, G, items, begin, end, H,
-        PARTS, VARLEN, HAS_INDICES,
+        s_m, 0, gl.program_id(0), marks, cu_seqlens, state_indices, T, G, items, H, PARTS, VARLEN,
+        HAS_INDICES,
     )  # fmt: skip
     fence_async_shared()
     barrier()
 
     share_out(
         (
-            o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A,
+            o_desc, o, h, state, starts, track, track_chunks, cu_seqlens, s_q, s_k, s_v, s_A,
             s_P, s_f, s_o, s_m, full, full_P, free, T, G, items, s_state, H, V, STAGES, HALVES,
             VARLEN, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 0,
         ),
         (
-            o_desc, o, h, state, starts, track, track_chunks, ends, cu_seqlens, s_q, s_k, s_v, s_A,
+            o_desc, o, h, state, starts, track, track_chunks, cu_seqlens, s_q, s_k, s_v, s_A,
             s_P, s_f, s_o, s_m, full, full_P, free, T, G, items, s_state, H, V, STAGES, HALVES,
             VARLEN, HAS_STATE, HAS_STARTS, WRITE_STATE, STORE_H, TRACK, 1,
         ),
         (s_q, s_k, s_P, s_f, s_m, full, full_P, scale, items, STAGES, NORM, 64 // HALVES),
         (
-            q, k, v, inverses, scores, factors, state, state_indices, starts, queue, cu_seqlens,
-            s_q, s_k, s_v, s_A, s_P, s_f, s_m, full, full_P, free, T, G, items, begin, end, s_state,
+            q, k, v, inverses, scores, factors, state, state_indices, starts, marks, cu_seqlens,
+            s_q, s_k, s_v, s_A, s_P, s_f, s_m, full, full_P, free, T, G, items, s_state,
             H, Hg, V, STAGES, HALVES, VARLEN, HAS_STATE, HAS_INDICES, HAS_STARTS, OWN_SCORES,
+            BESIDE,
         ),
         HALVES, OWN_SCORES, CHUNKS_REGS, SCORES_REGS,
     )  # fmt: skip

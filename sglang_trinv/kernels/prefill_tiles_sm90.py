@@ -46,7 +46,7 @@ def segment_chunks(i_s, n_tokens, G):
 
 @gluon.jit
 def locate_item(
-    item, cu_seqlens, state_indices, T, G, begin, end, H: gl.constexpr, PARTS: gl.constexpr,
+    item, cu_seqlens, state_indices, T, G, H: gl.constexpr, PARTS: gl.constexpr,
     VARLEN: gl.constexpr, HAS_INDICES: gl.constexpr,
 ):  # fmt: skip
     """(first chunk, row, tokens left, slot of its first chunk, chunks, state) of an item."""
@@ -54,8 +54,6 @@ def locate_item(
     i_n = i_ns // G
     bos, n_tokens, slot = locate(cu_seqlens, i_n, T, VARLEN)
     i_t0, NT = segment_chunks(i_ns % G, n_tokens, G)
-    i_t0 += begin
-    NT = gl.minimum(NT, end) - begin
     index = i_n
     if HAS_INDICES:
         index = gl.load(state_indices + i_n).to(gl.int32)
@@ -63,30 +61,30 @@ def locate_item(
 
 
 @gluon.jit
-def take_item(queue, items):
+def take_item(marks, items):
     """The next item that nobody has, ``items`` or more if there is none.
 
     All programs have one at first: so batches of any lengths keep all of them busy to the end.
     """
     item = items
     if gl.num_programs(0) < items:
-        item = gl.atomic_add(queue, 1, sem="relaxed") + gl.num_programs(0)
+        item = gl.atomic_add(marks, 1, sem="relaxed") + gl.num_programs(0)
     return item
 
 
 @gluon.jit
 def put_place(
-    s_m, n, item, queue, cu_seqlens, state_indices, T, G, items, begin, end, H: gl.constexpr,
+    s_m, n, item, marks, cu_seqlens, state_indices, T, G, items, H: gl.constexpr,
     PARTS: gl.constexpr, VARLEN: gl.constexpr, HAS_INDICES: gl.constexpr,
 ):  # fmt: skip
     """Write down the n-th item of this program: ``item`` or, if it has no chunks, another."""
     i_t0, row, left, slot, NT, index = 0, 0, 0, 0, 0, 0
     while (item < items) & (NT <= 0):
         i_t0, row, left, slot, NT, index = locate_item(
-            item, cu_seqlens, state_indices, T, G, begin, end, H, PARTS, VARLEN, HAS_INDICES
+            item, cu_seqlens, state_indices, T, G, H, PARTS, VARLEN, HAS_INDICES
         )
         if NT <= 0:
-            item = take_item(queue, items)
+            item = take_item(marks, items)
     i = gl.arange(0, 8, gl.BlockedLayout([8], [32], [gl.num_warps()], [0]))
     x = gl.where(i == 0, item, gl.where(i == 1, i_t0, gl.where(i == 2, row, left)))
     x = gl.where(i < 4, x, gl.where(i == 4, slot, gl.where(i == 5, NT, index)))
@@ -119,12 +117,24 @@ def prefetch(p, BYTES: gl.constexpr):
 
 
 @gluon.jit
+def wait_for_scores(p):
+    """Wait until another kernel that runs now has stored a chunk's scores, and set ``p``."""
+    asm: gl.constexpr = "ld.acquire.gpu.global.b32 $0, [$1];"
+    fence: gl.constexpr = "fence.proxy.async.global; mov.b32 $0, 0;"
+    done = gl.inline_asm_elementwise(asm, "=r,l", [p.to(gl.int64)], gl.int32, False, 1)
+    while done == 0:
+        done = gl.inline_asm_elementwise(asm, "=r,l", [p.to(gl.int64)], gl.int32, False, 1)
+    gl.inline_asm_elementwise(fence, "=r", [], gl.int32, False, 1)  # they are copied by TMA
+
+
+@gluon.jit
 def load_tiles(
-    q, k, v, inverses, scores, factors, state, state_indices, starts, queue, cu_seqlens, s_q, s_k,
-    s_v, s_A, s_P, s_f, s_m, full, full_P, free, T, G, items, begin, end, s_state,
+    q, k, v, inverses, scores, factors, state, state_indices, starts, marks, cu_seqlens, s_q, s_k,
+    s_v, s_A, s_P, s_f, s_m, full, full_P, free, T, G, items, s_state,
     H: gl.constexpr, Hg: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr,
     HALVES: gl.constexpr, VARLEN: gl.constexpr, HAS_STATE: gl.constexpr,
     HAS_INDICES: gl.constexpr, HAS_STARTS: gl.constexpr, OWN_SCORES: gl.constexpr,
+    BESIDE: gl.constexpr,
 ):  # fmt: skip
     """One warp: copy chunk after chunk into shared memory, as far ahead as there is room.
 
@@ -157,10 +167,12 @@ def load_tiles(
             bar = full.index(e)
             if i_t == NT - 1:
                 put_place(
-                    s_m, n, take_item(queue, items), queue, cu_seqlens, state_indices, T, G, items,
-                    begin, end, H, PARTS, VARLEN, HAS_INDICES,
+                    s_m, n, take_item(marks, items), marks, cu_seqlens, state_indices, T, G, items,
+                    H, PARTS, VARLEN, HAS_INDICES,
                 )  # fmt: skip
                 barrier()
+            if BESIDE:
+                wait_for_scores(marks + 1 + tile // (H // Hg))
             mbarrier.wait(free.index(e), ((x // STAGES) & 1) ^ 1)
             mbarrier.expect(bar, size)
             tma.async_copy_global_to_shared(k, [row, c_k], bar, s_k.index(e))

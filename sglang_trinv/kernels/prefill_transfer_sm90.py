@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_trinv.kernels.prefill_tiles_sm90 import (
     barrier,
@@ -96,6 +97,8 @@ def transfer_kernel_sm90(
 
     One program: 64 rows of one segment and value head. Descriptors as in state_kernel_sm90.
     """
+    gdc_wait()
+    gdc_launch_dependents()
     dtype: gl.constexpr = k.dtype
     i_v, i_h, i_ns = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     i_n = i_ns // (G - 1)

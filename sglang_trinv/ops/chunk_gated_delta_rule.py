@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,10 @@ import torch
 from sglang_trinv.kernels.configs import PrefillConfig, kkt_solve_config, prefill_config
 from sglang_trinv.kernels.prefill_prepare import inverse_kernel, scores_kernel
 from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, want
-from sglang_trinv.ops.launch import capability, launch
+from sglang_trinv.ops.launch import EARLY, capability, launch
 from sglang_trinv.ops.methods import dot_precision, implementation
 from sglang_trinv.ops.prefill_state import io_dtype, run_state
+from sglang_trinv.ops.tiles_sm90 import idle
 
 INTS = (torch.int32, torch.int64)
 
@@ -23,6 +23,7 @@ class Workspace(NamedTuple):
     inverses: torch.Tensor  # like k, [slots, H, 64, 64]: Ai
     scores: torch.Tensor | None  # likewise: P, where the state pass does not compute it
     factors: torch.Tensor  # float32, [slots, H, 6, 64]: see kernels.prefill_prepare
+    marks: torch.Tensor | None  # int32, for Hopper: see kernels.prefill_state_sm90
 
 
 class Pool(NamedTuple):
@@ -86,10 +87,9 @@ def chunk_gated_delta_rule(
     Raises:
         UnsupportedCall: shape, dtype, device, head_first or method outside the above.
 
-    Two launches, one more for scores and two more with segments; in two pieces these of each, the
-    second one's on a stream of their own. No host synchronisation, graph-capturable. Workspace:
-    ``Workspace``, with segments K (2 V + K) float32 each for every segment and value head, in two
-    pieces K V float32 for every value head.
+    Two launches, one more for scores and two more with segments. No host synchronisation,
+    graph-capturable. Workspace: ``Workspace``, with segments K (2 V + K) float32 each for every
+    segment and value head.
     """
     if not _plain(q, k, v, g, beta, cu_seqlens, head_first):
         _explain(q, k, v, g, beta, cu_seqlens, head_first)
@@ -111,20 +111,12 @@ def chunk_gated_delta_rule(
         k.new_empty(slots, H, 64, 64),
         None if config.own_scores else k.new_empty(slots, H, 64, 64),
         k.new_empty(slots, H, 6, 64, dtype=torch.float32),
+        _marks(k, slots, config, DOT),
     )
     norm = use_qk_l2norm_in_kernel
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    fill = functools.partial(
-        prepare, q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config.state
-    )
-    rest = (q, k, v, space, o, h, pool, cu_seqlens, scale, T)
-    if config.pieces == 2 and config.state == "sm90" and N == 1 < slots and DOT == "fp16":
-        from sglang_trinv.ops.prefill_pieces import run_pieces
-
-        run_pieces(fill, *rest, norm, config)
-    else:
-        fill(0, slots)
-        run_state(*rest, N, norm, config)
+    prepare(q, k, g, beta, space, cu_seqlens, scale, T, N, DOT, norm, config)
+    run_state(q, k, v, space, o, h, pool, cu_seqlens, scale, T, N, norm, config)
     return o, None, h
 
 
@@ -214,14 +206,19 @@ def _config(q, k, v, N: int, batch_invariant: bool) -> PrefillConfig:
     )
 
 
-def prepare(
-    q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, DOT, norm, state,
-    begin: int, end: int,
-) -> None:  # fmt: skip
-    """Fill slots ``begin`` to ``end`` of ``space``: all that needs no state.
+def _marks(k: torch.Tensor, slots: int, config: PrefillConfig, DOT: str) -> torch.Tensor | None:
+    """Marks of the Hopper state pass; its own inverse kernel sets them to zero."""
+    if config.state != "sm90":
+        return None
+    size = 1 + slots * k.shape[2] if config.beside else 1
+    return (k.new_empty if DOT == "fp16" else k.new_zeros)(size, dtype=torch.int32)
 
-    The kernels for other GPUs do all slots.
-    """
+
+def prepare(
+    q, k, g, beta, space: Workspace, cu_seqlens, scale, T: int, N: int, DOT, norm,
+    config: PrefillConfig,
+) -> None:  # fmt: skip
+    """Fill ``space``: all that needs no state."""
     slots, H = space.factors.shape[:2]
     Hg, K = k.shape[2:]
     varlen, io, s_q, s_k = cu_seqlens is not None, io_dtype(k), q.stride(1), k.stride(1)
@@ -229,10 +226,11 @@ def prepare(
         k.get_device(), k.dtype, beta.dtype, varlen and cu_seqlens.dtype, H, Hg, K, s_q, s_k, norm,
         (q.data_ptr() | k.data_ptr() | g.data_ptr() | beta.data_ptr()) % 16 == 0,
     )  # fmt: skip
-    if state == "sm90" and DOT == "fp16":
+    hopper, beside = config.state == "sm90", config.beside
+    if hopper and DOT == "fp16":
         from sglang_trinv.ops.prefill_sm90 import run_inverse_sm90
 
-        run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, begin, end)
+        run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, beside)
     else:
         group = kkt_solve_config(H // Hg, slots, Hg).group
         launch(
@@ -244,9 +242,12 @@ def prepare(
     if space.scores is None:
         return
     group = H // Hg
+    grid = (slots, Hg, 1)
+    if beside:  # V is K there; the state pass has a multiprocessor for each program
+        grid = (idle(k.get_device(), N * H * K // config.block_v), 1, 1)
     launch(
-        scores_kernel, key, (end - begin, Hg, 1),
-        (q, k, space.scores, space.factors, cu_seqlens, scale, T, N, begin, s_q, s_k,
-         H, Hg, K, group, 64, io, varlen, norm),
-        num_warps=4, num_stages=1,
+        scores_kernel, (*key, hopper, beside), grid,
+        (q, k, space.scores, space.factors, space.marks, cu_seqlens, scale, T, N, slots * Hg, s_q,
+         s_k, H, Hg, K, group, 64, io, varlen, norm, hopper, beside),
+        num_warps=8 if beside else 4, num_stages=1, **(EARLY if hopper and not beside else {}),
     )  # fmt: skip

@@ -37,15 +37,17 @@ def run_intra_sm90(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, NT: int) 
     if v is None:
         launch(
             inverse_kernel_sm90, key, (programs(k.get_device(), chunks * H), 1, 1),
-            (rows(k, 64), g, beta, rows(Ai, 64), Ai, None, cu_seqlens, chunk_indices, T, N, NT, 0,
-             chunks * H, H, Hg, varlen, False),
+            (rows(k, 64), g, beta, rows(Ai, 64), Ai, None, None, cu_seqlens, chunk_indices, T, N,
+             NT, chunks * H, H, Hg, varlen, False, False),
             num_warps=1, maxnreg=WARP_REGS,
         )  # fmt: skip
         return
+    few = chunks * H == programs(k.get_device(), chunks * H)
     launch(
-        fwd_intra_kernel_sm90, key, (chunks * H, 1, 1),
+        fwd_intra_kernel_sm90, (*key, few, v.stride(1) % 16), (chunks * H, 1, 1),
         (rows(k, 64), rows(v, 64), rows(w, 64), rows(u, 64), None if Ai is None else rows(Ai, 64),
-         w, u, Ai, g, beta, cu_seqlens, chunk_indices, T, N, NT, H, Hg, varlen),
+         v, w, u, Ai, g, beta, cu_seqlens, chunk_indices, T, N, NT, v.stride(1), H, Hg, varlen,
+         few),
         num_warps=1, maxnreg=WARP_REGS,
     )  # fmt: skip
 

@@ -10,6 +10,9 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+# Start before the kernel in front has ended, once all its programs have said so; the kernel itself
+# waits for what it needs (programmatic dependent launch, from Hopper on).
+EARLY = {"launch_pdl": True}
 NO_HOOKS = (None, None, None)  # metadata for them, before and after a launch
 _compiled: dict[Hashable, Any] = {}
 

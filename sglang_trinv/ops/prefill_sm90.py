@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from sglang_trinv.kernels.inverse_sm90 import inverse_kernel_sm90
 from sglang_trinv.kernels.prefill_state_sm90 import state_kernel_sm90
 from sglang_trinv.kernels.prefill_transfer_sm90 import transfer_kernel_sm90
-from sglang_trinv.ops.launch import launch
+from sglang_trinv.ops.launch import EARLY, launch
 from sglang_trinv.ops.prefill_state import call_key, pass_flags, slot_stride
 from sglang_trinv.ops.tiles_sm90 import WARP_REGS, Tiles, programs, rows
-
-ALL_CHUNKS = 1 << 30  # more than any sequence has
 
 
 def workspace(space: Any) -> tuple[Tiles, Tiles | None, Tiles]:
@@ -26,44 +22,42 @@ def workspace(space: Any) -> tuple[Tiles, Tiles | None, Tiles]:
     )
 
 
-def run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, begin, end) -> None:
+def run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, beside) -> None:
     """As the launch of inverse_kernel in ``chunk_gated_delta_rule.prepare``, products in fp16."""
-    H = space.factors.shape[1]
+    slots, H = space.factors.shape[:2]
     varlen = cu_seqlens is not None
     key = (
         "prefill", k.get_device(), k.dtype, g.dtype, beta.dtype, varlen and cu_seqlens.dtype,
-        H, k.shape[2], norm, (g.data_ptr() | beta.data_ptr()) % 16 == 0, k.stride(1),
+        H, k.shape[2], norm, beside, (g.data_ptr() | beta.data_ptr()) % 16 == 0, k.stride(1),
     )  # fmt: skip
     launch(
-        inverse_kernel_sm90, key, (programs(k.get_device(), (end - begin) * H), 1, 1),
-        (rows(k, 64), g, beta, workspace(space)[0], None, space.factors, cu_seqlens, None, T, N,
-         T // 64 + 1, begin * H, end * H, H, k.shape[2], varlen, norm),
+        inverse_kernel_sm90, key, (programs(k.get_device(), slots * H), 1, 1),
+        (rows(k, 64), g, beta, workspace(space)[0], None, space.factors, space.marks, cu_seqlens,
+         None, T, N, T // 64 + 1, slots * H, H, k.shape[2], varlen, norm, beside),
         num_warps=1, maxnreg=WARP_REGS,
     )  # fmt: skip
 
 
 def run_state_sm90(
-    q, k, v, space, o, h, starts, pool, cu_seqlens, scale, T, N, norm, config,
-    begin=0, end=ALL_CHUNKS, ends=None,
+    q, k, v, space, o, h, starts, pool, cu_seqlens, scale, T, N, norm, config
 ) -> None:  # fmt: skip
     """As the launch of state_kernel in ``prefill_state.run_state``."""
     H, V, K = v.shape[2], v.shape[3], k.shape[3]
     G, halves, flags = config.segments, config.block_v // 64, pass_flags(h, starts, pool)
     items = V // config.block_v * H * N * G
     grid = (programs(k.get_device(), items, 1), 1, 1)
-    queue = (k.new_zeros if items > grid[0] else k.new_empty)(1, dtype=torch.int32)
     key = (
         *call_key(q, k, v, pool, cu_seqlens), flags, halves, config.stages, config.maxnreg,
-        norm, config.own_scores, ends is None,
+        norm, config.own_scores, config.beside,
     )  # fmt: skip
     launch(
         state_kernel_sm90, key, grid,
         (rows(q, 64), rows(k, K), rows(v, 64), *workspace(space), rows(o, 64), o,
-         h, pool.state, pool.indices, starts, pool.track, pool.track_chunks, ends, queue,
-         cu_seqlens, scale, T, G, items, begin, end, slot_stride(pool), H, k.shape[2], K, V, halves,
-         config.stages, cu_seqlens is not None, *flags, norm, config.own_scores, config.chunks_regs,
-         config.scores_regs),
-        num_warps=4, maxnreg=config.maxnreg,
+         h, pool.state, pool.indices, starts, pool.track, pool.track_chunks,
+         space.marks, cu_seqlens, scale, T, G, items, slot_stride(pool), H, k.shape[2], K, V,
+         halves, config.stages, cu_seqlens is not None, *flags, norm, config.own_scores,
+         config.chunks_regs, config.scores_regs, config.beside),
+        num_warps=4, maxnreg=config.maxnreg, **EARLY,
     )  # fmt: skip
 
 
@@ -75,5 +69,5 @@ def run_transfer_sm90(k, v, space, ends, pool, cu_seqlens, T, N, G) -> None:
         transfer_kernel_sm90, call_key(k, k, v, pool, cu_seqlens), ((V + K) // 64, H, N * (G - 1)),
         (rows(k, K), rows(v, 64), inverses, factors, ends, cu_seqlens, T, G,
          H, k.shape[2], K, V, 3, cu_seqlens is not None),
-        num_warps=4, maxnreg=128,
+        num_warps=4, maxnreg=128, **EARLY,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from sglang_trinv.kernels.configs import PrefillConfig
 from sglang_trinv.kernels.prefill_segments import combine_kernel, transfer_kernel
 from sglang_trinv.kernels.prefill_state import state_kernel
 from sglang_trinv.ops.fwd_intra import TL_DTYPE
-from sglang_trinv.ops.launch import launch
+from sglang_trinv.ops.launch import EARLY, launch
 from sglang_trinv.ops.methods import interpreted
 
 BV_COMBINE = 16  # rows of the state a program: many small programs, as its steps are few
@@ -50,7 +50,8 @@ def run_segments(k, v, space, starts, pool, cu_seqlens, T: int, N: int, config) 
     ends = torch.empty(N * (G - 1), H, V + K, K, device=k.device, dtype=torch.float32)
     varlen, io = cu_seqlens is not None, io_dtype(k)
     key = call_key(k, k, v, pool, cu_seqlens)
-    if config.state == "sm90":
+    early = config.state == "sm90"
+    if early:
         from sglang_trinv.ops.prefill_sm90 import run_transfer_sm90
 
         run_transfer_sm90(k, v, space, ends, pool, cu_seqlens, T, N, G)
@@ -63,10 +64,11 @@ def run_segments(k, v, space, starts, pool, cu_seqlens, T: int, N: int, config) 
         )  # fmt: skip
     DOT = "ieee" if interpreted() or torch.version.hip else "tf32x3"
     launch(
-        combine_kernel, (key, DOT), (V // BV_COMBINE, H, N),
+        combine_kernel, (key, DOT, early), (V // BV_COMBINE, H, N),
         (ends, starts, pool.state, pool.indices, cu_seqlens, T, G, slot_stride(pool),
-         H, K, V, BV_COMBINE, DOT, varlen, pool.state is not None, pool.indices is not None),
-        num_warps=8, num_stages=2,
+         H, K, V, BV_COMBINE, DOT, varlen, pool.state is not None, pool.indices is not None,
+         early),
+        num_warps=8, num_stages=2, **(EARLY if early else {}),
     )  # fmt: skip
 
 

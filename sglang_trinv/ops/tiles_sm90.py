@@ -35,6 +35,11 @@ def programs(index: int, tiles: int, per_sm: int = WARPS) -> int:
     return min(tiles, _multiprocessors(index) * per_sm)
 
 
+def idle(index: int, busy: int) -> int:
+    """How many multiprocessors are left beside ``busy`` programs, at least one."""
+    return max(1, _multiprocessors(index) - busy)
+
+
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

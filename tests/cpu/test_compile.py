@@ -50,7 +50,7 @@ def run(program: str, *words: str) -> list[str]:
 @pytest.mark.parametrize("arch", ["80", "89", "90", "100", "120", "gfx942"])
 def test_compiles(arch: str) -> None:
     rows = [json.loads(line) for line in run(PROGRAM, arch)]
-    assert len(rows) == (24 if arch == "90" else 16)
+    assert len(rows) == (25 if arch == "90" else 16)
     for row in rows:
         if row["arch"] in ("sm_80", "sm_90") and "x3" not in row["kernel"]:
             assert row["stack_bytes"] <= SPILLED.get(row["kernel"], 0), row
@@ -62,6 +62,6 @@ def test_compiles(arch: str) -> None:
 def test_every_kind_of_call_compiles_for_hopper() -> None:
     """Without cu_seqlens, chunk_indices or g; none spills but one that SGLang does not ask for."""
     rows = [json.loads(line) for line in run(HOPPER)]
-    assert len(rows) == 24
+    assert len(rows) == 27
     for row in rows:
         assert row["stack_bytes"] <= (16 if "and Ai" in row["kernel"] else 0), row

@@ -261,10 +261,9 @@ def test_configurations_follow_the_parallelism() -> None:
     assert prefill_config(hopper, 4096, 3, 2.0, True, False) == configs.SHORT
     assert prefill_config(hopper, 8, 128, 2.0, False, False) == configs.ALONE
     assert prefill_config(hopper, 4096, 2, 2.0, False, False) == configs.WIDE
-    two = replace(configs.ALONE, pieces=2)
-    assert prefill_config(hopper, 64, 256, 2.0, False, True) == two
+    assert prefill_config(hopper, 64, 128, 2.0, True, True) == configs.BESIDE
+    assert prefill_config(hopper, 64, 256, 2.0, False, True) == configs.BESIDE
     assert prefill_config(hopper, 64, 256, 2.0, False, False) == configs.ALONE
-    assert prefill_config(hopper, 64, 128, 2.0, False, True) == configs.ALONE
     assert prefill_config(hopper, 96, 256, 2.0, False, True) == configs.ALONE
     cut = prefill_config(hopper, 8, 512, 2.0, True, False)
     assert cut.segments > 1

@@ -28,11 +28,11 @@ CONFIGS = {
     "triton": PrefillConfig(),
     "triton, 2 segments": PrefillConfig(segments=2),
     "alone": configs.ALONE,
+    "beside": configs.BESIDE,
     "wide": configs.WIDE,
     "crowded": configs.CROWDED,
     "4 segments": replace(configs.SEGMENTED, segments=4),
 }
-TWO_PIECES = replace(configs.ALONE, pieces=2)
 RAGGED = [1, 700, 64, 63, 300, 128]
 
 
@@ -115,20 +115,20 @@ def test_cuts_of_deterministic_mode_have_the_same_bits() -> None:
 @pytest.mark.parametrize("skipped", [None, 0])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [700, 330, 64, 0])
-def test_two_pieces_have_the_bits_of_one(n: int, state: torch.dtype, skipped: int | None) -> None:
-    """Of 700 rows n are the sequence's, so that the second piece may be short or empty."""
-    skip_unless_it_runs_here(TWO_PIECES)
+def test_scores_beside_the_state_pass(n: int, state: torch.dtype, skipped: int | None) -> None:
+    """The same bits as scores before it. Of 700 rows n are the sequence's."""
+    skip_unless_it_runs_here(configs.BESIDE)
     call = made(HARD_INPUTS["cosine 0.98"], [700], state=state, skipped=skipped)
     call = replace(call, x=replace(call.x, cu_seqlens=call.x.cu_seqlens.new_tensor([0, n])))
     chunk = torch.tensor([(n - 1) // 64], device="cuda").int()
     found = []
-    for config in (configs.ALONE, TWO_PIECES):
+    for config in (configs.ALONE, configs.BESIDE):
         twin = replace(call, pool=strided(call.pool))
         track = torch.zeros(1, 4, 128, 128, device="cuda")
         o, h = run_prefill(twin, track_state=track, track_chunk_idx=chunk, config=config)
         found.append((o[:, :n], h[:, : -(-n // 64)], track, twin.pool))
-    for one, two in zip(*found, strict=True):
-        assert torch.equal(one, two)
+    for before, beside in zip(*found, strict=True):
+        assert torch.equal(before, beside)
     assert skipped == 0 or n == 0 or not torch.equal(found[0][-1], call.pool)
 
 
@@ -203,11 +203,6 @@ def test_states_before_chunks(config: PrefillConfig) -> None:
 
 def test_cuda_graph_and_no_synchronisation(config: PrefillConfig) -> None:
     check_graph(made(lengths=RAGGED), config)
-
-
-def test_cuda_graph_of_two_pieces() -> None:
-    skip_unless_it_runs_here(TWO_PIECES)
-    check_graph(made(lengths=[700]), TWO_PIECES)
 
 
 def check_graph(call: Call, config: PrefillConfig) -> None:

@@ -76,7 +76,7 @@ class Config(BaseModel):
         Field("auto", alias=f"{PREFIX}_METHOD")
     )
     gdn: Literal["auto", "intra", "full", "off"] = Field("auto", alias=f"{PREFIX}_GDN")
-    kda: Literal["auto", "intra", "off"] = Field("off", alias=f"{PREFIX}_KDA")
+    kda: Literal["auto", "intra", "off"] = Field("auto", alias=f"{PREFIX}_KDA")
     force: Flag = Field(False, alias=f"{PREFIX}_FORCE")
     strict: Flag = Field(False, alias=f"{PREFIX}_STRICT")
     check: Annotated[int, BeforeValidator(_count), Field(ge=0)] = Field(0, alias=f"{PREFIX}_CHECK")

@@ -72,6 +72,8 @@ CROWDED = replace(WIDE, maxnreg=128, own_scores=True, chunks_regs=216, scores_re
 # H200, us, whole calls at 16/32: 64 x 128 tokens 211 with two stages, 219 with three; 16 x 512 178
 # and 151.
 FEW_CHUNKS, SHORT = 3, replace(CROWDED, stages=2)
+# H200, us, whole calls at 16/32, scores beside the pass and before it: 8192 tokens 186 and 210,
+# 32768 658 and 741, 64 19 and 22.
 BESIDE = replace(ALONE, beside=True)
 
 

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
 
 from sglang_trinv.kernels.blocks_sm90 import (
     COLUMNS,
@@ -111,6 +112,7 @@ def fwd_intra_kernel_sm90(
     bar_0, bar_1 = bar.index(0), bar.index(1)
     mbarrier.init(bar_0, count=1)
     mbarrier.init(bar_1, count=1)
+    gdc_wait()
     row, n = locate(cu_seqlens, chunk_indices, gl.program_id(0) // H, T, N, per_row, VARLEN)
     if n <= 0:
         return
@@ -127,10 +129,6 @@ def fwd_intra_kernel_sm90(
     s_s = gl.allocate_shared_memory(gl.float32, [64], flat)
     o_t = gl.arange(0, 64, TOKENS)
     p_t = (row + gl.minimum(o_t, n - 1)).to(gl.int64) * H + i_h
-    if FEW:
-        o_v = (row + gl.minimum(o_t, n - 1)).to(gl.int64) * s_v + i_h * 128
-        fetch: gl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
-        gl.inline_asm_elementwise(fetch, "=r,l", [(v_rows + o_v).to(gl.int64)], gl.int32, False, 1)
     b_b = gl.where(o_t < n, gl.load(beta + p_t).to(gl.float32), 0.0)
     b_g = gl.zeros([64], gl.float32, TOKENS)
     if g is not None:
@@ -140,6 +138,10 @@ def fwd_intra_kernel_sm90(
     s_s.store(b_b * gl.exp2(b_g))
 
     mbarrier.wait(bar_0, 0)
+    if FEW:
+        o_v = (row + gl.minimum(o_t, n - 1)).to(gl.int64) * s_v + i_h * 128
+        fetch: gl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], 256; mov.b32 $0, 0;"
+        gl.inline_asm_elementwise(fetch, "=r,l", [(v_rows + o_v).to(gl.int64)], gl.int32, False, 1)
     if n < 64:
         clear_rows(s_0, n)
         clear_rows(s_1, n)

@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from sglang_trinv.kernels.blocks_sm90 import finished, with_identity
 from sglang_trinv.kernels.chunk_sm90 import (
@@ -98,6 +98,7 @@ def inverse_kernel_sm90(
     barrier()
     o_t = gl.arange(0, 64, TOKENS)
     phase, i_p, step = 0, gl.program_id(0), gl.num_programs(0)
+    gdc_wait()
     if PREFILL:
         gdc_launch_dependents()
         gl.store(marks, 0)

@@ -74,7 +74,9 @@ def state_kernel(
     index = i_n.to(tl.int64)
     if HAS_INDICES:
         index = tl.load(state_indices + i_n).to(tl.int64)
-    p_state = state + index * s_state + i_h * (V * K) + o_vk
+    p_state = o_vk
+    if HAS_STATE:
+        p_state = state + index * s_state + i_h * (V * K) + o_vk
     b_S = tl.zeros([BV, K], tl.float32)
     if HAS_STARTS:
         b_S = tl.load(starts + (tl.full([], 1, tl.int64) * i_ns * H + i_h) * (V * K) + o_vk)

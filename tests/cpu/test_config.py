@@ -18,7 +18,7 @@ V = config.PREFIX
 
 def test_defaults() -> None:
     assert Config.from_env({}) == Config(
-        enabled=True, method="auto", gdn="auto", kda="off", force=False, strict=False,
+        enabled=True, method="auto", gdn="auto", kda="auto", force=False, strict=False,
         check=0, run_dir=None, fault="",
     )  # fmt: skip
 

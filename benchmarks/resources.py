@@ -123,7 +123,7 @@ KERNELS = {
     "solve_tril 32 fp16": _tril(32, "fp16"),
     "solve_tril 16 fp16": _tril(16, "fp16"),
     "prefill inverse fp16": _prepare("inverse_kernel", BK=128, DOT="fp16"),
-    "prefill scores": _prepare("scores_kernel", marks=None, EARLY=False, BESIDE=False),
+    "prefill scores": _prepare("scores_kernel", marks=None, BESIDE=False),
     "prefill state": _state(),
     "prefill transfer": _segments("transfer_kernel", 4, **HEADS, **PREFILL, BV=64, STAGES=2),
     "prefill combine": _segments(
@@ -144,7 +144,7 @@ HOPPER = {
     "prefill inverse fp16, Hopper": _hopper(
         "inverse_sm90", "out", WARP_REGS, Hg=16, NORM=True, BESIDE=True
     ),
-    "prefill scores, Hopper": _prepare("scores_kernel", EARLY=True, BESIDE=True),
+    "prefill scores, Hopper": _prepare("scores_kernel", BESIDE=True),
 }
 MODULES = {
     module.__name__.rpartition(".")[2]: module

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
 from sglang_trinv.kernels.chunks import load_gate, load_rows, store_block_row
@@ -202,8 +202,7 @@ def score_tile(
 def scores_kernel(
     q, k, scores, factors, marks, cu_seqlens, scale, T, N, tiles, s_q, s_k,
     H: tl.constexpr, Hg: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-    IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
-    BESIDE: tl.constexpr,
+    IO: tl.constexpr, VARLEN: tl.constexpr, NORM: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """P_ij = scale exp(g_i - g_j) r_i q_i.k_j r_j for i >= j, else 0, and the queries' factors.
 
@@ -211,12 +210,10 @@ def scores_kernel(
     as in inverse_kernel, which wrote the keys' factors before, and scores [slots, H, 64, 64]: P;
     scale exp(g_i) r_i of the queries is the factor that was left free. With BESIDE programs take
     chunk after chunk of a key head, heads first, while the state pass runs: marks[1 + chunk Hg +
-    head] becomes 1 when all is stored. With EARLY the kernel before may still run.
+    head] becomes 1 when all is stored.
     """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     if BESIDE:
+        gdc_launch_dependents()
         for p in range(tl.program_id(0), tiles, tl.num_programs(0)):
             score_tile(
                 q, k, scores, factors, cu_seqlens, scale, T, N, s_q, s_k, p // Hg, p % Hg,

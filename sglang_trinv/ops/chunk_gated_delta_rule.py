@@ -9,7 +9,7 @@ import torch
 from sglang_trinv.kernels.configs import PrefillConfig, kkt_solve_config, prefill_config
 from sglang_trinv.kernels.prefill_prepare import inverse_kernel, scores_kernel
 from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, want
-from sglang_trinv.ops.launch import EARLY, capability, launch
+from sglang_trinv.ops.launch import capability, launch
 from sglang_trinv.ops.methods import dot_precision, implementation
 from sglang_trinv.ops.prefill_state import io_dtype, run_state
 from sglang_trinv.ops.tiles_sm90 import idle
@@ -226,8 +226,8 @@ def prepare(
         k.get_device(), k.dtype, beta.dtype, varlen and cu_seqlens.dtype, H, Hg, K, s_q, s_k, norm,
         (q.data_ptr() | k.data_ptr() | g.data_ptr() | beta.data_ptr()) % 16 == 0,
     )  # fmt: skip
-    hopper, beside = config.state == "sm90", config.beside
-    if hopper and DOT == "fp16":
+    beside = config.beside
+    if config.state == "sm90" and DOT == "fp16":
         from sglang_trinv.ops.prefill_sm90 import run_inverse_sm90
 
         run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, beside)
@@ -246,8 +246,8 @@ def prepare(
     if beside:  # V is K there; the state pass has a multiprocessor for each program
         grid = (idle(k.get_device(), N * H * K // config.block_v), 1, 1)
     launch(
-        scores_kernel, (*key, hopper, beside), grid,
+        scores_kernel, (*key, beside), grid,
         (q, k, space.scores, space.factors, space.marks, cu_seqlens, scale, T, N, slots * Hg, s_q,
-         s_k, H, Hg, K, group, 64, io, varlen, norm, hopper, beside),
-        num_warps=8 if beside else 4, num_stages=1, **(EARLY if hopper and not beside else {}),
+         s_k, H, Hg, K, group, 64, io, varlen, norm, beside),
+        num_warps=8 if beside else 4, num_stages=1,
     )  # fmt: skip

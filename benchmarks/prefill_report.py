@@ -69,6 +69,7 @@ def table(found: Row) -> str:
         missed = goal is not None and ours["median_us"] > goal
         cells += ["" if goal is None else f"{goal}{' (missed)' if missed else ''}"]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [f"\n{found['note']}"] if "note" in found else []
     return "\n".join(lines)
 
 

@@ -70,6 +70,7 @@ def profiles(found: dict[str, Any]) -> str:
 
 One prefill of {found["profiled_tokens"]} tokens under SGLang's profiler, milliseconds of the GPU;
 "GDN" is what the arms compute differently, from the gates' sums and the keys' norms to the output.
+Kernels that run beside each other, as the scores and the state pass of `full`, count each in full.
 
 | model | arm | all kernels | GDN | share |
 |---|---|---|---|---|

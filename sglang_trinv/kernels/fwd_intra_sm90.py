@@ -4,7 +4,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
-from triton.language.extra.cuda import gdc_wait
 
 from sglang_trinv.kernels.blocks_sm90 import (
     COLUMNS,
@@ -112,7 +111,6 @@ def fwd_intra_kernel_sm90(
     bar_0, bar_1 = bar.index(0), bar.index(1)
     mbarrier.init(bar_0, count=1)
     mbarrier.init(bar_1, count=1)
-    gdc_wait()
     row, n = locate(cu_seqlens, chunk_indices, gl.program_id(0) // H, T, N, per_row, VARLEN)
     if n <= 0:
         return

@@ -98,8 +98,8 @@ def inverse_kernel_sm90(
     barrier()
     o_t = gl.arange(0, 64, TOKENS)
     phase, i_p, step = 0, gl.program_id(0), gl.num_programs(0)
-    gdc_wait()
     if PREFILL:
+        gdc_wait()
         gdc_launch_dependents()
         gl.store(marks, 0)
     first, bos, eos = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(-64)  # no sequence yet

@@ -3,7 +3,6 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.language.extra.cuda import gdc_wait
 
 from sglang_trinv.kernels.blocks_sm90 import round_once
 from sglang_trinv.kernels.chunk_sm90 import locate
@@ -176,7 +175,6 @@ def kda_intra_kernel_sm90(
     """As kda_intra_kernel, products in fp16, K and V 128. One program, four warps: 64 tokens of
     one head; program_id % H is the head. Akk may be None.
     """
-    gdc_wait()
     i_h = gl.program_id(0) % H
     row, n = locate(
         cu_seqlens, chunk_indices, gl.program_id(0) // H, T, N, per_row, VARLEN, SEQUENCES

@@ -3,7 +3,6 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
-from triton.language.extra.cuda import gdc_wait
 
 from sglang_trinv.kernels.blocks_sm90 import COLUMNS, ROWS, inv_16, merge_64, with_identity
 from sglang_trinv.kernels.chunk_sm90 import locate, put, store_blocks
@@ -32,7 +31,6 @@ def solve_tril_kernel_sm90(
 
     A and Ai [B, T, H, 64]; Ai_desc [B T, H 64] in tiles of [64, 64], of a 16-bit type.
     """
-    gdc_wait()
     i_h = gl.program_id(0) % H
     row, n = locate(cu_seqlens, chunk_indices, gl.program_id(0) // H, T, N, per_row, VARLEN)
     if n <= 0:

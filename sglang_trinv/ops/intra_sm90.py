@@ -8,7 +8,7 @@ from sglang_trinv.kernels.fwd_intra_sm90 import fwd_intra_kernel_sm90
 from sglang_trinv.kernels.inverse_sm90 import inverse_kernel_sm90
 from sglang_trinv.kernels.kda_intra_sm90 import kda_intra_kernel_sm90
 from sglang_trinv.kernels.solve_tril_sm90 import solve_tril_kernel_sm90
-from sglang_trinv.ops.launch import EARLY, launch
+from sglang_trinv.ops.launch import launch
 from sglang_trinv.ops.tiles_sm90 import (
     KDA_REGS,
     TRIL_REGS,
@@ -39,7 +39,7 @@ def run_intra_sm90(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, NT: int) 
             inverse_kernel_sm90, key, (programs(k.get_device(), chunks * H), 1, 1),
             (rows(k, 64), g, beta, rows(Ai, 64), Ai, None, None, cu_seqlens, chunk_indices, T, N,
              NT, chunks * H, H, Hg, varlen, False, False),
-            num_warps=1, maxnreg=WARP_REGS, **EARLY,
+            num_warps=1, maxnreg=WARP_REGS,
         )  # fmt: skip
         return
     few = chunks * H == programs(k.get_device(), chunks * H)
@@ -48,7 +48,7 @@ def run_intra_sm90(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, NT: int) 
         (rows(k, 64), rows(v, 64), rows(w, 64), rows(u, 64), None if Ai is None else rows(Ai, 64),
          v, w, u, Ai, g, beta, cu_seqlens, chunk_indices, T, N, NT, v.stride(1), H, Hg, varlen,
          few),
-        num_warps=1, maxnreg=WARP_REGS, **EARLY,
+        num_warps=1, maxnreg=WARP_REGS,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def run_solve_tril_sm90(A, Ai, cu_seqlens, chunk_indices, NT: int, DOT: str) -> 
         solve_tril_kernel_sm90, key, (NT * B * H, 1, 1),
         (A, rows(Ai, 64), Ai, cu_seqlens, chunk_indices, T, _sequences(cu_seqlens), NT, H, DOT,
          varlen),
-        num_warps=1, maxnreg=TRIL_REGS, **EARLY,
+        num_warps=1, maxnreg=TRIL_REGS,
     )  # fmt: skip
 
 
@@ -83,5 +83,5 @@ def run_kda_sm90(
         kda_intra_kernel_sm90, key, (NT * B * H, 1, 1),
         (q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, T,
          _sequences(cu_seqlens), NT, H, varlen, zeros),
-        num_warps=4, maxnreg=KDA_REGS, **EARLY,
+        num_warps=4, maxnreg=KDA_REGS,
     )  # fmt: skip

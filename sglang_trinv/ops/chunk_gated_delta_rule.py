@@ -12,7 +12,6 @@ from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, wan
 from sglang_trinv.ops.launch import capability, launch
 from sglang_trinv.ops.methods import dot_precision, implementation
 from sglang_trinv.ops.prefill_state import io_dtype, run_state
-from sglang_trinv.ops.tiles_sm90 import idle
 
 INTS = (torch.int32, torch.int64)
 
@@ -242,12 +241,14 @@ def prepare(
     if space.scores is None:
         return
     group = H // Hg
-    grid = (slots, Hg, 1)
+    grid, marks = (slots, Hg, 1), None
     if beside:  # V is K there; the state pass has a multiprocessor for each program
-        grid = (idle(k.get_device(), N * H * K // config.block_v), 1, 1)
+        from sglang_trinv.ops.tiles_sm90 import idle
+
+        grid, marks = (idle(k.get_device(), N * H * K // config.block_v), 1, 1), space.marks
     launch(
         scores_kernel, (*key, beside), grid,
-        (q, k, space.scores, space.factors, space.marks, cu_seqlens, scale, T, N, slots * Hg, s_q,
-         s_k, H, Hg, K, group, 64, io, varlen, norm, beside),
+        (q, k, space.scores, space.factors, marks, cu_seqlens, scale, T, N, slots * Hg, s_q, s_k,
+         H, Hg, K, group, 64, io, varlen, norm, beside),
         num_warps=8 if beside else 4, num_stages=1,
     )  # fmt: skip

@@ -27,6 +27,13 @@ for name in HOPPER:
     for changed in (dense, {"chunk_indices": None}, more):
         print(json.dumps(compile_kernel(name, 90, **changed).as_dict()))
 """
+WITHOUT_STATE = """
+from benchmarks.resources import compile_kernel
+absent = {"state": None, "state_indices": None}
+for name, n in (("prefill state", 3), ("prefill combine", 2)):
+    flags = dict.fromkeys(("HAS_STATE", "HAS_INDICES", "WRITE_STATE")[:n], False)
+    print(compile_kernel(name, 80, **absent, **flags).binary_bytes)
+"""
 
 # Bytes of stack a thread on sm_80 and sm_90; every other kernel but those of the x3 methods: none.
 SPILLED = {
@@ -67,3 +74,7 @@ def test_every_kind_of_call_compiles_for_hopper() -> None:
     assert len(rows) == 24
     for row in rows:
         assert row["stack_bytes"] <= (16 if "and Ai" in row["kernel"] else 0), row
+
+
+def test_the_prefill_without_a_state_compiles() -> None:
+    assert all(int(line) > 0 for line in run(WITHOUT_STATE))

@@ -27,11 +27,12 @@ def smaller(a, b):
 
 
 @gluon.jit
-def find_sequence(cu_seqlens, i_t, N, layout: gl.constexpr = TOKENS):
+def find_sequence(cu_seqlens, i_t, N):
     """Chunk i_t's sequence: its first chunk, its first row and the row behind its last.
 
     The chunks of sequence n are those from cu_seqlens[n] // 64 + n on. All loads at once.
     """
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [gl.num_warps()], [0])
     first, bos, eos = 0, 0, 0x7FFFFFFF
     for i in range(0, N + 1, 64):
         o_n = gl.arange(0, 64, layout) + i
@@ -44,17 +45,14 @@ def find_sequence(cu_seqlens, i_t, N, layout: gl.constexpr = TOKENS):
 
 
 @gluon.jit
-def locate(
-    cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN: gl.constexpr,
-    layout: gl.constexpr = TOKENS,
-):  # fmt: skip
+def locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN: gl.constexpr):
     """First row of chunk i_t and how many rows its sequence has from there on, below 1 for none.
 
     Without cu_seqlens a row of the batch has per_row chunks.
     """
     if VARLEN:
         if chunk_indices is None:
-            first, bos, eos = find_sequence(cu_seqlens, i_t, N, layout)
+            first, bos, eos = find_sequence(cu_seqlens, i_t, N)
             o_t = (i_t - first) * 64
         else:
             i_n = gl.load(chunk_indices + i_t * 2).to(gl.int32)
@@ -66,6 +64,28 @@ def locate(
         eos = bos + T
         o_t = i_t % per_row * 64
     return bos + o_t, eos - bos - o_t
+
+
+@gluon.jit
+def locate_tile(
+    cu_seqlens, chunk_indices, p, tiles, T, N, per_row, first, bos, eos,
+    H: gl.constexpr, VARLEN: gl.constexpr,
+):  # fmt: skip
+    """As ``locate``, n = 0 past the last tile; first, bos, eos: the last tile's find_sequence.
+
+    Asking cu_seqlens again takes longer than to see that the sequence is still the same.
+    """
+    row, n = 0, 0
+    i_t = p // H
+    if p < tiles:
+        if VARLEN and chunk_indices is None:
+            if i_t - first > eos // 64 - bos // 64:
+                first, bos, eos = find_sequence(cu_seqlens, i_t, N)
+            row = bos + (i_t - first) * 64
+            n = eos - row
+        else:
+            row, n = locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN)
+    return row, n, first, bos, eos
 
 
 @gluon.jit

@@ -9,10 +9,9 @@ from sglang_trinv.kernels.blocks_sm90 import finished, with_identity
 from sglang_trinv.kernels.chunk_sm90 import (
     TOKENS,
     ask,
-    find_sequence,
     gram_blocks,
     inverse_blocks,
-    locate,
+    locate_tile,
     put,
     store_blocks,
     store_length,
@@ -24,28 +23,6 @@ from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, clear_rows
 @gluon.jit
 def add(a, b):
     return a + b
-
-
-@gluon.jit
-def locate_tile(
-    cu_seqlens, chunk_indices, p, tiles, T, N, per_row, first, bos, eos,
-    H: gl.constexpr, VARLEN: gl.constexpr,
-):  # fmt: skip
-    """As ``locate``, n = 0 past the last tile; first, bos, eos: the last tile's find_sequence.
-
-    Asking cu_seqlens again takes longer than to see that the sequence is still the same.
-    """
-    row, n = 0, 0
-    i_t = p // H
-    if p < tiles:
-        if VARLEN and chunk_indices is None:
-            if i_t - first > eos // 64 - bos // 64:
-                first, bos, eos = find_sequence(cu_seqlens, i_t, N)
-            row = bos + (i_t - first) * 64
-            n = eos - row
-        else:
-            row, n = locate(cu_seqlens, chunk_indices, i_t, T, N, per_row, VARLEN)
-    return row, n, first, bos, eos
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from sglang_trinv.kernels.kda_blocks_sm90 import QUARTERS, QUARTERS_LEFT, QUARTERS_RIGHT
 from sglang_trinv.kernels.kda_products import KB_SCALE
@@ -10,12 +10,13 @@ from sglang_trinv.kernels.kda_tiles_sm90 import (
     CUT,
     CUT_HALF,
     EXCHANGE,
-    EXCHANGE_HALF,
     PAIR_STEP,
+    SLOT,
     SLOT_COLUMNS,
+    SLOT_COPY,
     SLOT_ROWS,
     UNIT_STEP,
-    UNITS,
+    block_row,
     decay,
     gather,
     half,
@@ -36,16 +37,37 @@ def row_of(p, s, t, n, o_c):
 
 
 @gluon.jit
-def load_slots(q, k, p_g, s, n, o_c):
-    """Eight slots of q and k (past the end 0) and of the gates (past the end the last row's)."""
+def slot_copies(dtype: gl.constexpr):
+    """Room for eight slots, apart from each other as the compiler puts barriers between uses."""
+    s_s = ()
+    for _ in gl.static_range(8):
+        s_s = s_s + (gl.allocate_shared_memory(dtype, [8, 64], SLOT_COPY),)
+    return s_s
+
+
+@gluon.jit
+def ask_slots(q, k, p_g, s_s, s, n):
+    """Ask for eight slots of q, k and the gates, 64 channels; past the end 0."""
     o_b = gl.arange(0, 8, SLOT_ROWS) * 8
-    o = gl.expand_dims(o_b * s, 1) + gl.expand_dims(o_c, 0)
-    x_q, x_k, x_g = (), (), ()
+    o = gl.expand_dims(o_b * s, 1) + gl.expand_dims(gl.arange(0, 64, SLOT_COLUMNS), 0)
     for i in gl.static_range(8):
         m = gl.expand_dims(o_b < n - i, 1)
-        x_g = x_g + (gl.load(p_g + i * s + o, mask=m, other=0.0),)
-        x_k = x_k + (gl.load(k + i * s + o, mask=m, other=0.0),)
-        x_q = x_q + (gl.load(q + i * s + o, mask=m, other=0.0),)
+        async_copy.async_copy_global_to_shared(s_s[2][i], p_g + i * s + o, mask=m)
+        async_copy.async_copy_global_to_shared(s_s[1][i], k + i * s + o, mask=m)
+        async_copy.async_copy_global_to_shared(s_s[0][i], q + i * s + o, mask=m)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def take_slots(p_g, s_s, s, n, o_c):
+    """What ask_slots has asked for; gates past the end are the last row's."""
+    o_b = gl.arange(0, 8, SLOT_ROWS) * 8
+    async_copy.wait_group(0)
+    x_q, x_k, x_g = (), (), ()
+    for i in gl.static_range(8):
+        x_g = x_g + (s_s[2][i].load(SLOT),)
+        x_k = x_k + (s_s[1][i].load(SLOT),)
+        x_q = x_q + (s_s[0][i].load(SLOT),)
     if n < 64:
         b_l = row_of(p_g, s, o_b * 0 + 63, n, o_c)
         y = ()
@@ -56,28 +78,26 @@ def load_slots(q, k, p_g, s, n, o_c):
 
 
 @gluon.jit
-def store_keys(x_k, x_g, p_g, p_b, kg, s_kb, s, sb, n, o_c):
+def store_keys(x_k, x_g, s_b, kg, s_kb, s, n, o_c):
     """kg = exp2(g_last - g) k to memory, kb = KB_SCALE beta exp2(g - g_0) k to shared memory."""
     o_b = gl.arange(0, 8, SLOT_ROWS) * 8
-    b_0 = gl.ceil(row_of(p_g, s, o_b * 0, n, o_c))
-    b_l = row_of(p_g, s, o_b * 0 + 63, n, o_c)
+    b_0, b_l = gl.ceil(block_row(x_g[0], o_b * 0)), block_row(x_g[7], o_b * 0 + 7)
     o = gl.expand_dims(o_b * s, 1) + gl.expand_dims(o_c, 0)
     kb = ()
     for i in gl.static_range(8):
         m = gl.expand_dims(o_b < n - i, 1)
-        b_b = gl.load(p_b + i * sb + o_b * sb, mask=o_b < n - i, other=0.0)
-        b_b = b_b.to(gl.float32) * KB_SCALE
+        b_b = gl.expand_dims(s_b.slice(8 * i, 8).load(SLOT_ROWS), 1) * KB_SCALE
         b_k = x_k[i].to(gl.float32)
         gl.store(kg + i * s + o, (b_k * decay(x_g[i], b_l)).to(kg.dtype.element_ty), mask=m)
-        kb = kb + (half(b_k * (decay(x_g[i], b_0) * gl.expand_dims(b_b, 1))),)
+        kb = kb + (half(b_k * (decay(x_g[i], b_0) * b_b)),)
     s_kb.store(gather(kb, 0))
 
 
 @gluon.jit
-def cut_slots(x_q, x_k, x_g, p_g, s, n, o_c, LEVEL: gl.constexpr):
+def cut_slots(x_q, x_k, x_g, LEVEL: gl.constexpr):
     """q and k decayed between their gates and those of the block's middle, LEVEL 8, 16 or 32."""
     o_b = gl.arange(0, 8, SLOT_ROWS)
-    b_r = row_of(p_g, s, (o_b // (LEVEL // 4) * 2 + 1) * LEVEL, n, o_c)
+    b_r = block_row(x_g[0], (o_b // (LEVEL // 4) * 2 + 1) * (LEVEL // 8))
     q, k = (), ()
     for i in gl.static_range(8):
         b_f = half(decay(x_g[i], b_r))
@@ -136,8 +156,8 @@ def add_level(b_s, s_x, i_q: gl.constexpr, i_k: gl.constexpr, LEVEL: gl.constexp
     """
     y = ()
     for i in gl.static_range(2):
-        a_q = steps(half_tile(s_x, i_q, i, EXCHANGE_HALF).load(UNITS), UNIT_STEP)
-        a_k = steps(half_tile(s_x, i_k, i, EXCHANGE_HALF).load(UNITS), UNIT_STEP)
+        a_q = steps(s_x, i_q, i, UNIT_STEP)
+        a_k = steps(s_x, i_k, i, UNIT_STEP)
         y = y + (gl.where(kept(LEVEL), unit_products(a_q, a_k, a_k, b_s[i]), b_s[i]),)
     return y
 
@@ -152,9 +172,9 @@ def joined(b_s):
 @gluon.jit
 def add_blocks(b_8, s_x, i_q: gl.constexpr, i_k: gl.constexpr):
     """Add the products that level 8 cuts: rows 32 .. 63 of tiles q and k, rows 0 .. 31 of k."""
-    a_q = steps(half_tile(s_x, i_q, 1, EXCHANGE_HALF).load(UNITS), UNIT_STEP)
-    a_k = steps(half_tile(s_x, i_k, 1, EXCHANGE_HALF).load(UNITS), UNIT_STEP)
-    b_y = steps(half_tile(s_x, i_k, 0, EXCHANGE_HALF).load(UNITS), UNIT_STEP)
+    a_q = steps(s_x, i_q, 1, UNIT_STEP)
+    a_k = steps(s_x, i_k, 1, UNIT_STEP)
+    b_y = steps(s_x, i_k, 0, UNIT_STEP)
     return unit_products(a_q, a_k, b_y, b_8)
 
 
@@ -167,8 +187,10 @@ def quarter_products(s_x, i_q: gl.constexpr, i_k: gl.constexpr, b_Q, b_G):
 
 
 @gluon.jit
-def products(q, k, gk, p_b, kg, s_x, s_kb, s, sb, n):
+def products(q, k, gk, s_b, kg, s_s, s_x, s_kb, s, n, to_next, n_next):
     """Sums over pairs of rows, q k and k k; kb to shared memory, kg to memory.
+
+    The first half of the channels was asked for before; the next tile's first half is at the end.
 
     Returned: those of diagonal 8 x 8 blocks, of the blocks that the cut at 8 parts, and of those
     that the cuts at 16 and at 32 part.
@@ -179,8 +201,12 @@ def products(q, k, gk, p_b, kg, s_x, s_kb, s, sb, n):
     G16, Q32, G32 = Q16, Q16, Q16
     for i_c in range(2):
         o_c = gl.arange(0, 64, SLOT_COLUMNS) + i_c * 64
-        x_q, x_k, x_g = load_slots(q, k, gk, s, n, o_c)
-        store_keys(x_k, x_g, gk, p_b, kg, s_kb.index(i_c), s, sb, n, o_c)
+        x_q, x_k, x_g = take_slots(gk, s_s, s, n, o_c)
+        o, n_o = to_next * 0 + 64, n
+        if i_c == 1:
+            o, n_o = to_next, n_next
+        ask_slots(q + o, k + o, gk + o, s_s, s, n_o)
+        store_keys(x_k, x_g, s_b, kg, s_kb.index(i_c), s, n, o_c)
         x_q, x_k = halves(x_q), halves(x_k)
         tile(s_x, 0, EXCHANGE).store(gather(x_q, 0))
         tile(s_x, 1, EXCHANGE).store(gather(x_k, 0))
@@ -193,15 +219,15 @@ def products(q, k, gk, p_b, kg, s_x, s_kb, s, sb, n):
         tile(s_x, 5, EXCHANGE).store(gather(cut_within(x_q, x_g, 4, True), 0))
         tile(s_x, 0, EXCHANGE).store(gather(cut_within(x_k, x_g, 4, False), 0))
         b_s = add_level(b_s, s_x, 5, 0, 4)
-        c_q, c_k = cut_slots(x_q, x_k, x_g, gk, s, n, o_c, 8)
+        c_q, c_k = cut_slots(x_q, x_k, x_g, 8)
         tile(s_x, 1, EXCHANGE).store(c_q)
         tile(s_x, 2, EXCHANGE).store(c_k)
         b_8 = add_blocks(b_8, s_x, 1, 2)
-        c_q, c_k = cut_slots(x_q, x_k, x_g, gk, s, n, o_c, 16)
+        c_q, c_k = cut_slots(x_q, x_k, x_g, 16)
         tile(s_x, 3, CUT).store(c_q)
         tile(s_x, 4, CUT).store(c_k)
         Q16, G16 = quarter_products(s_x, 3, 4, Q16, G16)
-        c_q, c_k = cut_slots(x_q, x_k, x_g, gk, s, n, o_c, 32)
+        c_q, c_k = cut_slots(x_q, x_k, x_g, 32)
         tile(s_x, 5, CUT).store(c_q)
         tile(s_x, 0, CUT).store(c_k)
         Q32, G32 = quarter_products(s_x, 5, 0, Q32, G32)

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from sglang_trinv.kernels.blocks_sm90 import round_once
-from sglang_trinv.kernels.chunk_sm90 import locate
+from sglang_trinv.kernels.chunk_sm90 import locate_tile
 from sglang_trinv.kernels.kda_blocks_sm90 import (
     BLOCKS,
     QUARTERS_ROWS,
@@ -23,9 +23,10 @@ from sglang_trinv.kernels.kda_blocks_sm90 import (
     merge_stack,
     stacked,
 )
-from sglang_trinv.kernels.kda_gram_sm90 import products
+from sglang_trinv.kernels.kda_gram_sm90 import ask_slots, products, slot_copies
 from sglang_trinv.kernels.kda_products import KB_SCALE
 from sglang_trinv.kernels.kda_tiles_sm90 import (
+    KEYS,
     TILES,
     decay,
     diagonal_blocks,
@@ -36,8 +37,8 @@ from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, store_rows
 
 # 16 bytes a thread: [64, 64] and [64, 16] or [32, 16] tiles of 16-bit results on their way out.
 OUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+BETAS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 OUT_BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
-SEQUENCES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
@@ -100,15 +101,32 @@ def put_scores(Q_d, Q16, Q32, p, s, scale, n, dtype: gl.constexpr):
 
 
 @gluon.jit
-def row_betas(p_b, sb, t, n):
-    """Write strengths of rows t, 0 past the end."""
-    return gl.expand_dims(gl.load(p_b + t * sb, mask=t < n, other=0.0).to(gl.float32), 1)
+def ask_betas(beta, row, n, i_h, H: gl.constexpr):
+    """Write strengths of a tile, 0 past the end; each warp has all of them."""
+    o_t = gl.arange(0, 64, BETAS)
+    return gl.load(beta + (row + o_t).to(gl.int64) * H + i_h, mask=o_t < n, other=0.0)
 
 
 @gluon.jit
-def column_betas(p_b, sb, I: gl.constexpr, n):
-    t = gl.arange(0, 16, WIDE_COLUMNS) + 16 * I
-    return gl.expand_dims(gl.load(p_b + t * sb, mask=t < n, other=0.0).to(gl.float32), 0)
+def share_betas(b_b):
+    """Write strengths in shared memory: four times 16, slot by slot, and, in gather's order, those
+    of the rows below the cuts at 16 and at 32.
+    """
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    b_16 = b_b.reshape((2, 2, 2, 8)).permute((1, 3, 0, 2)).reshape((64,))
+    b_32 = b_b.reshape((2, 4, 8)).permute((0, 2, 1)).reshape((64,))
+    b_s = b_b.reshape((8, 8)).permute((1, 0)).reshape((64,))
+    return (
+        gl.allocate_shared_memory(gl.float32, [64], line, b_b),
+        gl.allocate_shared_memory(gl.float32, [64], line, b_s),
+        gl.allocate_shared_memory(gl.float32, [64], line, b_16).slice(32, 32),
+        gl.allocate_shared_memory(gl.float32, [64], line, b_32).slice(32, 32),
+    )
+
+
+@gluon.jit
+def betas(s_b, layout: gl.constexpr, axis: gl.constexpr):
+    return gl.expand_dims(s_b.load(layout), axis)
 
 
 @gluon.jit
@@ -164,34 +182,28 @@ def put_inverse(p, s, s_X, n):
     put_zeros_above(p, s, n)
 
 
-@gluon.jit(
-    do_not_specialize=["T", "N", "per_row"],
-    do_not_specialize_on_alignment=["cu_seqlens", "chunk_indices"],
-)
-def kda_intra_kernel_sm90(
-    q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, T, N, per_row,
-    H: gl.constexpr, VARLEN: gl.constexpr, ZERO_UPPER: gl.constexpr,
+@gluon.jit
+def run_tile(
+    q, k, v, gk, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next, i_h, i_next,
+    H: gl.constexpr, ZERO_UPPER: gl.constexpr,
 ):  # fmt: skip
-    """As kda_intra_kernel, products in fp16, K and V 128. One program, four warps: 64 tokens of
-    one head; program_id % H is the head. Akk may be None.
-    """
-    i_h = gl.program_id(0) % H
-    row, n = locate(
-        cu_seqlens, chunk_indices, gl.program_id(0) // H, T, N, per_row, VARLEN, SEQUENCES
-    )
-    if n <= 0:
-        return
+    """64 tokens of one head, n of them if fewer are left."""
     dtype: gl.constexpr = k.dtype.element_ty
     head = row.to(gl.int64) * H + i_h
     s: gl.constexpr = H * 128
+    to_next = (row_next.to(gl.int64) * H + i_next - head) * 128
     gk, v, w, u = gk + head * 128, v + head * 128, w + head * 128, u + head * 128
-    beta, Aqk = beta + head, Aqk + head * 64
-    s_kb = gl.allocate_shared_memory(gl.float16, [2, 64, 64], TILES)
+    Aqk += head * 64
+    s_b = share_betas(b_b)
+    s_kb = gl.allocate_shared_memory(gl.float16, [2, 64, 64], KEYS)
     s_x = ()  # apart from each other, for the compiler puts barriers between uses of one of them
     for _ in gl.static_range(6):
         s_x = s_x + (gl.allocate_shared_memory(gl.float16, [64, 64], TILES),)
     q, k, kg = q + head * 128, k + head * 128, kg + head * 128
-    b_s, b_8, Q16, G16, Q32, G32 = products(q, k, gk, beta, kg, s_x, s_kb, s, H, n)
+    b_s, b_8, Q16, G16, Q32, G32 = products(
+        q, k, gk, s_b[1], kg, s_s, s_x, s_kb, s, n, to_next, n_next
+    )
+    f_0, f_1 = column_factor(gk), column_factor(gk + 64)
     s_v = gl.allocate_shared_memory(dtype, [2, 64, 64], TILES)
     ask_values(v, s_v, s, n)
 
@@ -200,10 +212,7 @@ def kda_intra_kernel_sm90(
     put_scores(diagonal_blocks(Q_s, Q_8, STACK), Q16, Q32, Aqk, H * 64, scale, n, dtype)
     if ZERO_UPPER:
         put_zeros_above(Aqk, H * 64, n)
-    o_q = gl.arange(0, 32, QUARTERS_ROWS)
-    o_q = (o_q & 3) * 8 + (o_q >> 2)  # natural's order
-    b_16 = row_betas(beta, H, (o_q // 16) * 32 + 16 + o_q % 16, n)
-    b_32 = row_betas(beta, H, o_q + 32, n)
+    b_16, b_32 = betas(s_b[2], QUARTERS_ROWS, 1), betas(s_b[3], QUARTERS_ROWS, 1)
     s_N16 = gl.allocate_shared_memory(
         gl.float32, [64, 16], SUMS, stacked(natural(round_once(-b_16 * G16, "fp16")))
     )
@@ -212,7 +221,7 @@ def kda_intra_kernel_sm90(
     )
     o_r, o_c = gl.arange(0, 64, STACK_ROWS), gl.arange(0, 16, STACK_COLUMNS)
     b_N = diagonal_blocks(G_s, G_8, STACK)
-    E_d = inv_stack(b_N * -row_betas(beta, H, o_r, n))
+    E_d = inv_stack(b_N * -betas(s_b[0], STACK_ROWS, 1))
     s_X = gl.allocate_shared_memory(gl.float16, [256, 16], BLOCKS)
     s_X.slice(0, 64, 0).store(E_d.to(gl.float16))
     X10, X32, X20, X21, X30, X31 = merge_stack(s_X, s_N16, s_N32)
@@ -227,16 +236,17 @@ def kda_intra_kernel_sm90(
         store_off_diagonal(s_A, X10, X32, X20, X21, X30, X31)
         put_inverse(Akk + head * 64, H * 64, s_A, n)
     s_U = gl.allocate_shared_memory(dtype, [256, 16], BLOCKS)
-    o_t = (o_r & 48) + o_c
-    X_d = X_d * gl.load(beta + o_t * H, mask=o_t < n, other=0.0).to(gl.float32)
+    X_d = X_d.reshape((4, 16, 16))
+    s_d = s_b[0]._reinterpret(gl.float32, [4, 16], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    X_d = X_d * gl.expand_dims(s_d.load(gl.SliceLayout(1, X_d.type.layout)), 1)
+    X_d = gl.convert_layout(X_d.reshape((64, 16)), STACK)
     s_U.slice(0, 64, 0).store(X_d.to(dtype))
     s_U.slice(192, 64, 0).store((X_d - X_d.to(dtype).to(gl.float32)).to(dtype))
-    b_0, b_1, b_2 = (
-        column_betas(beta, H, 0, n), column_betas(beta, H, 1, n), column_betas(beta, H, 2, n)
-    )  # fmt: skip
+    b_0 = betas(s_b[0].slice(0, 16), WIDE_COLUMNS, 0)
+    b_1 = betas(s_b[0].slice(16, 16), WIDE_COLUMNS, 0)
+    b_2 = betas(s_b[0].slice(32, 16), WIDE_COLUMNS, 0)
     store_off_diagonal(s_U, X10 * b_0, X32 * b_2, X20 * b_0, X21 * b_1, X30 * b_0, X31 * b_1)
 
-    f_0, f_1 = column_factor(gk), column_factor(gk + 64)
     s_0, s_1 = apply(s_kb, s_X, f_0, f_1, dtype, False)
     store_rows(w, s, s_0, n)
     store_rows(w + 64, s, s_1, n)
@@ -245,3 +255,41 @@ def kda_intra_kernel_sm90(
     s_0, s_1 = apply(s_v, s_U, f_0, f_1, dtype, True)
     store_rows(u, s, s_0, n)
     store_rows(u + 64, s, s_1, n)
+
+
+@gluon.jit(
+    do_not_specialize=["T", "N", "per_row", "tiles"],
+    do_not_specialize_on_alignment=["cu_seqlens", "chunk_indices"],
+)
+def kda_intra_kernel_sm90(
+    q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, T, N, per_row, tiles,
+    H: gl.constexpr, VARLEN: gl.constexpr, ZERO_UPPER: gl.constexpr,
+):  # fmt: skip
+    """As kda_intra_kernel, products in fp16, K and V 128. One program, four warps: tile by tile of
+    64 tokens of one head, heads first, with the next one's first half on the way. Akk may be None.
+    """
+    dtype: gl.constexpr = k.dtype.element_ty
+    s_s = (slot_copies(dtype), slot_copies(dtype), slot_copies(gl.float32))
+    i_p, step = gl.program_id(0), gl.num_programs(0)
+    first, bos, eos = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(-64)  # no sequence yet
+    row_next, n_next, first, bos, eos = locate_tile(
+        cu_seqlens, chunk_indices, i_p, tiles, T, N, per_row, first, bos, eos, H, VARLEN
+    )
+    o = (row_next.to(gl.int64) * H + i_p % H) * 128
+    ask_slots(q + o, k + o, gk + o, s_s, H * 128, n_next)
+    b_next = ask_betas(beta, row_next, n_next, i_p % H, H)
+    for p in range(i_p, tiles, step):
+        row, n, b_b = row_next, n_next, b_next.to(gl.float32)
+        row_next, n_next, first, bos, eos = locate_tile(
+            cu_seqlens, chunk_indices, p + step, tiles, T, N, per_row, first, bos, eos, H, VARLEN
+        )
+        i_next = (p + step) % H
+        b_next = ask_betas(beta, row_next, n_next, i_next, H)
+        if n <= 0:
+            o = (row_next.to(gl.int64) * H + i_next) * 128
+            ask_slots(q + o, k + o, gk + o, s_s, H * 128, n_next)
+        else:
+            run_tile(
+                q, k, v, gk, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next, p % H,
+                i_next, H, ZERO_UPPER,
+            )  # fmt: skip

@@ -19,11 +19,17 @@ SLOT_COLUMNS = gl.constexpr(gl.SliceLayout(0, SLOT.value))
 _ROW = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32]]
 _EXCHANGE = [*_ROW, [1, 32], [2, 0], [4, 0], [8, 16], [16, 32]]
 _CUT = [*_ROW, [1, 16], [2, 32], [4, 8], [8, 0], [16, 0]]
-EXCHANGE = gl.constexpr(gl.SharedLinearLayout([*_EXCHANGE, [32, 0]]))
+EXCHANGE = gl.constexpr(gl.SharedLinearLayout([*_EXCHANGE, [32, 32]]))
 EXCHANGE_HALF = gl.constexpr(gl.SharedLinearLayout(_EXCHANGE))
 CUT = gl.constexpr(gl.SharedLinearLayout([*_CUT, [32, 0]]))
 CUT_HALF = gl.constexpr(gl.SharedLinearLayout(_CUT))
 TILES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))  # for ldmatrix alone
+# For stores of slots and ldmatrix, which takes 8 rows one behind the other.
+KEYS = gl.constexpr(
+    gl.SharedLinearLayout([*_ROW, [1, 8], [2, 16], [4, 32], [8, 16], [16, 0], [32, 0]])
+)
+# A slot in shared memory, where each thread has what it copied there itself.
+SLOT_COPY = gl.constexpr(gl.SharedLinearLayout([*_ROW, [1, 16], [2, 32], [4, 0]]))
 # Operands of unit_products: a unit of 8 rows a warp, a thread has 16 channels of one of them.
 UNITS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -81,6 +87,12 @@ def scaled(b_x, b_f):
 
 
 @gluon.jit
+def block_row(b_g, o_b):
+    """Rows o_b of a slot, all of its channels."""
+    return gl.gather(b_g, gl.expand_dims(o_b, 1) + gl.full([8, 64], 0, gl.int32, SLOT), 0)
+
+
+@gluon.jit
 def tile(s_x, i: gl.constexpr, layout: gl.constexpr):
     """One of several tiles [64, 64] in shared memory."""
     return s_x[i]._reinterpret(gl.float16, [64, 64], layout)
@@ -109,13 +121,18 @@ def unit_step(b_q, b_k, b_y, acc):
 
 
 @gluon.jit
-def steps(b_x, layout: gl.constexpr):
-    """Rows of 64 channels as four tensors of 16, a quarter of what each thread has."""
+def steps(s_x, i: gl.constexpr, UPPER: gl.constexpr, layout: gl.constexpr):
+    """Half of tile i as four tensors of 16 channels, a quarter of what each thread has."""
+    b_x = half_tile(s_x, i, UPPER, EXCHANGE_HALF).load(UNITS)
     R: gl.constexpr = b_x.shape[0]
     b_x = b_x.reshape((R, 2, 4, 2, 4)).permute((0, 2, 4, 1, 3))
     b_02, b_13 = gl.split(b_x)
-    b_0, b_2 = gl.split(b_02)
-    b_1, b_3 = gl.split(b_13)
+    if UPPER:  # EXCHANGE has its channels 32 .. 63 first
+        b_2, b_0 = gl.split(b_02)
+        b_3, b_1 = gl.split(b_13)
+    else:
+        b_0, b_2 = gl.split(b_02)
+        b_1, b_3 = gl.split(b_13)
     return (
         gl.convert_layout(b_0.reshape((R, 16)), layout),
         gl.convert_layout(b_1.reshape((R, 16)), layout),

@@ -10,6 +10,7 @@ from sglang_trinv.kernels.kda_intra_sm90 import kda_intra_kernel_sm90
 from sglang_trinv.kernels.solve_tril_sm90 import solve_tril_kernel_sm90
 from sglang_trinv.ops.launch import launch
 from sglang_trinv.ops.tiles_sm90 import (
+    KDA_PROGRAMS,
     KDA_REGS,
     TRIL_REGS,
     WARP_REGS,
@@ -80,8 +81,8 @@ def run_kda_sm90(
         beta.data_ptr() % 16 == 0,
     )  # fmt: skip
     launch(
-        kda_intra_kernel_sm90, key, (NT * B * H, 1, 1),
+        kda_intra_kernel_sm90, key, (programs(k.get_device(), NT * B * H, KDA_PROGRAMS), 1, 1),
         (q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, T,
-         _sequences(cu_seqlens), NT, H, varlen, zeros),
+         _sequences(cu_seqlens), NT, NT * B * H, H, varlen, zeros),
         num_warps=4, maxnreg=KDA_REGS,
     )  # fmt: skip

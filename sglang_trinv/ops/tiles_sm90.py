@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 # Programs of one warp that an SM holds, for their 25 KB of shared memory, and registers a thread.
 WARPS, WARP_REGS = 8, 224
 TRIL_REGS = 128  # sixteen programs of solve_tril fit an SM
-KDA_REGS = 255  # two programs of four warps fit an SM, for their 65 KB
+KDA_PROGRAMS, KDA_REGS = 2, 255  # of four warps an SM, with 97 KB of shared memory each
 TILE = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 FLAT = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 

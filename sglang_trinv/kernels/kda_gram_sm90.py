@@ -7,13 +7,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from sglang_trinv.kernels.kda_blocks_sm90 import QUARTERS, QUARTERS_LEFT, QUARTERS_RIGHT
 from sglang_trinv.kernels.kda_products import KB_SCALE
 from sglang_trinv.kernels.kda_tiles_sm90 import (
+    COPY_16,
+    COPY_32,
     CUT,
     CUT_HALF,
     EXCHANGE,
     PAIR_STEP,
-    SLOT,
     SLOT_COLUMNS,
-    SLOT_COPY,
     SLOT_ROWS,
     UNIT_STEP,
     block_row,
@@ -22,6 +22,7 @@ from sglang_trinv.kernels.kda_tiles_sm90 import (
     half,
     half_tile,
     scaled,
+    slots,
     steps,
     tile,
     times,
@@ -37,37 +38,29 @@ def row_of(p, s, t, n, o_c):
 
 
 @gluon.jit
-def slot_copies(dtype: gl.constexpr):
-    """Room for eight slots, apart from each other as the compiler puts barriers between uses."""
-    s_s = ()
-    for _ in gl.static_range(8):
-        s_s = s_s + (gl.allocate_shared_memory(dtype, [8, 64], SLOT_COPY),)
-    return s_s
+def ask_tile(p, s_x, s, n, layout: gl.constexpr):
+    """Ask for 64 channels of 64 rows, past the end 0."""
+    o_t = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    o_c = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, layout)), 0)
+    m = gl.expand_dims(o_t < n, 1)
+    async_copy.async_copy_global_to_shared(s_x, p + gl.expand_dims(o_t * s, 1) + o_c, mask=m)
 
 
 @gluon.jit
-def ask_slots(q, k, p_g, s_s, s, n):
-    """Ask for eight slots of q, k and the gates, 64 channels; past the end 0."""
-    o_b = gl.arange(0, 8, SLOT_ROWS) * 8
-    o = gl.expand_dims(o_b * s, 1) + gl.expand_dims(gl.arange(0, 64, SLOT_COLUMNS), 0)
-    for i in gl.static_range(8):
-        m = gl.expand_dims(o_b < n - i, 1)
-        async_copy.async_copy_global_to_shared(s_s[2][i], p_g + i * s + o, mask=m)
-        async_copy.async_copy_global_to_shared(s_s[1][i], k + i * s + o, mask=m)
-        async_copy.async_copy_global_to_shared(s_s[0][i], q + i * s + o, mask=m)
+def ask_tiles(q, k, p_g, s_s, s, n):
+    """Ask for 64 channels of q, k and the gates."""
+    ask_tile(p_g, s_s[2], s, n, COPY_32)
+    ask_tile(k, s_s[1], s, n, COPY_16)
+    ask_tile(q, s_s[0], s, n, COPY_16)
     async_copy.commit_group()
 
 
 @gluon.jit
 def take_slots(p_g, s_s, s, n, o_c):
-    """What ask_slots has asked for; gates past the end are the last row's."""
+    """Eight slots of what ask_tiles has asked for; gates past the end are the last row's."""
     o_b = gl.arange(0, 8, SLOT_ROWS) * 8
     async_copy.wait_group(0)
-    x_q, x_k, x_g = (), (), ()
-    for i in gl.static_range(8):
-        x_g = x_g + (s_s[2][i].load(SLOT),)
-        x_k = x_k + (s_s[1][i].load(SLOT),)
-        x_q = x_q + (s_s[0][i].load(SLOT),)
+    x_g, x_k, x_q = slots(s_s[2]), slots(s_s[1]), slots(s_s[0])
     if n < 64:
         b_l = row_of(p_g, s, o_b * 0 + 63, n, o_c)
         y = ()
@@ -205,7 +198,7 @@ def products(q, k, gk, s_b, kg, s_s, s_x, s_kb, s, n, to_next, n_next):
         o, n_o = to_next * 0 + 64, n
         if i_c == 1:
             o, n_o = to_next, n_next
-        ask_slots(q + o, k + o, gk + o, s_s, s, n_o)
+        ask_tiles(q + o, k + o, gk + o, s_s, s, n_o)
         store_keys(x_k, x_g, s_b, kg, s_kb.index(i_c), s, n, o_c)
         x_q, x_k = halves(x_q), halves(x_k)
         tile(s_x, 0, EXCHANGE).store(gather(x_q, 0))

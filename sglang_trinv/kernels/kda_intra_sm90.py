@@ -23,14 +23,14 @@ from sglang_trinv.kernels.kda_blocks_sm90 import (
     merge_stack,
     stacked,
 )
-from sglang_trinv.kernels.kda_gram_sm90 import ask_slots, products, slot_copies
+from sglang_trinv.kernels.kda_gram_sm90 import ask_tiles, products
 from sglang_trinv.kernels.kda_products import KB_SCALE
 from sglang_trinv.kernels.kda_tiles_sm90 import (
+    COPY,
     KEYS,
     TILES,
     decay,
     diagonal_blocks,
-    natural,
     split_products,
 )
 from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, store_rows
@@ -92,7 +92,7 @@ def put_zeros_above(p, s, n):
 def put_scores(Q_d, Q16, Q32, p, s, scale, n, dtype: gl.constexpr):
     """Store Aqk."""
     s_d = gl.allocate_shared_memory(dtype, [64, 16], BLOCKS, (Q_d * scale).to(dtype))
-    Q16, Q32 = natural((Q16 * scale).to(dtype)), natural((Q32 * scale).to(dtype))
+    Q16, Q32 = (Q16 * scale).to(dtype), (Q32 * scale).to(dtype)
     s_16 = gl.allocate_shared_memory(dtype, [64, 16], BLOCKS, stacked(Q16))
     s_32 = gl.allocate_shared_memory(dtype, [64, 16], BLOCKS, stacked(Q32))
     put_stack(p, s, s_d, n, 0)
@@ -109,18 +109,14 @@ def ask_betas(beta, row, n, i_h, H: gl.constexpr):
 
 @gluon.jit
 def share_betas(b_b):
-    """Write strengths in shared memory: four times 16, slot by slot, and, in gather's order, those
-    of the rows below the cuts at 16 and at 32.
-    """
+    """Write strengths in shared memory: as they are, slot by slot, and in the order of level 16."""
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    b_16 = b_b.reshape((2, 2, 2, 8)).permute((1, 3, 0, 2)).reshape((64,))
-    b_32 = b_b.reshape((2, 4, 8)).permute((0, 2, 1)).reshape((64,))
     b_s = b_b.reshape((8, 8)).permute((1, 0)).reshape((64,))
+    b_16 = b_b.reshape((2, 2, 16)).permute((1, 0, 2)).reshape((64,))
     return (
         gl.allocate_shared_memory(gl.float32, [64], line, b_b),
         gl.allocate_shared_memory(gl.float32, [64], line, b_s),
-        gl.allocate_shared_memory(gl.float32, [64], line, b_16).slice(32, 32),
-        gl.allocate_shared_memory(gl.float32, [64], line, b_32).slice(32, 32),
+        gl.allocate_shared_memory(gl.float32, [64], line, b_16),
     )
 
 
@@ -212,12 +208,13 @@ def run_tile(
     put_scores(diagonal_blocks(Q_s, Q_8, STACK), Q16, Q32, Aqk, H * 64, scale, n, dtype)
     if ZERO_UPPER:
         put_zeros_above(Aqk, H * 64, n)
-    b_16, b_32 = betas(s_b[2], QUARTERS_ROWS, 1), betas(s_b[3], QUARTERS_ROWS, 1)
+    b_16 = betas(s_b[2].slice(32, 32), QUARTERS_ROWS, 1)
+    b_32 = betas(s_b[0].slice(32, 32), QUARTERS_ROWS, 1)
     s_N16 = gl.allocate_shared_memory(
-        gl.float32, [64, 16], SUMS, stacked(natural(round_once(-b_16 * G16, "fp16")))
+        gl.float32, [64, 16], SUMS, stacked(round_once(-b_16 * G16, "fp16"))
     )
     s_N32 = gl.allocate_shared_memory(
-        gl.float32, [64, 16], SUMS, stacked(natural(round_once(-b_32 * G32, "fp16")))
+        gl.float32, [64, 16], SUMS, stacked(round_once(-b_32 * G32, "fp16"))
     )
     o_r, o_c = gl.arange(0, 64, STACK_ROWS), gl.arange(0, 16, STACK_COLUMNS)
     b_N = diagonal_blocks(G_s, G_8, STACK)
@@ -269,14 +266,18 @@ def kda_intra_kernel_sm90(
     64 tokens of one head, heads first, with the next one's first half on the way. Akk may be None.
     """
     dtype: gl.constexpr = k.dtype.element_ty
-    s_s = (slot_copies(dtype), slot_copies(dtype), slot_copies(gl.float32))
+    s_s = (
+        gl.allocate_shared_memory(dtype, [64, 64], COPY),
+        gl.allocate_shared_memory(dtype, [64, 64], COPY),
+        gl.allocate_shared_memory(gl.float32, [64, 64], COPY),
+    )
     i_p, step = gl.program_id(0), gl.num_programs(0)
     first, bos, eos = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(-64)  # no sequence yet
     row_next, n_next, first, bos, eos = locate_tile(
         cu_seqlens, chunk_indices, i_p, tiles, T, N, per_row, first, bos, eos, H, VARLEN
     )
     o = (row_next.to(gl.int64) * H + i_p % H) * 128
-    ask_slots(q + o, k + o, gk + o, s_s, H * 128, n_next)
+    ask_tiles(q + o, k + o, gk + o, s_s, H * 128, n_next)
     b_next = ask_betas(beta, row_next, n_next, i_p % H, H)
     for p in range(i_p, tiles, step):
         row, n, b_b = row_next, n_next, b_next.to(gl.float32)
@@ -287,7 +288,7 @@ def kda_intra_kernel_sm90(
         b_next = ask_betas(beta, row_next, n_next, i_next, H)
         if n <= 0:
             o = (row_next.to(gl.int64) * H + i_next) * 128
-            ask_slots(q + o, k + o, gk + o, s_s, H * 128, n_next)
+            ask_tiles(q + o, k + o, gk + o, s_s, H * 128, n_next)
         else:
             run_tile(
                 q, k, v, gk, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next, p % H,

@@ -18,7 +18,7 @@ SLOT_COLUMNS = gl.constexpr(gl.SliceLayout(0, SLOT.value))
 # Only one bit of the slot's number takes part: each more would cost addresses, that is registers.
 _ROW = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32]]
 _EXCHANGE = [*_ROW, [1, 32], [2, 0], [4, 0], [8, 16], [16, 32]]
-_CUT = [*_ROW, [1, 16], [2, 32], [4, 8], [8, 0], [16, 0]]
+_CUT = [*_ROW, [1, 8], [2, 16], [4, 32], [8, 16], [16, 32]]
 EXCHANGE = gl.constexpr(gl.SharedLinearLayout([*_EXCHANGE, [32, 32]]))
 EXCHANGE_HALF = gl.constexpr(gl.SharedLinearLayout(_EXCHANGE))
 CUT = gl.constexpr(gl.SharedLinearLayout([*_CUT, [32, 0]]))
@@ -28,8 +28,18 @@ TILES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))  # for ldmatrix a
 KEYS = gl.constexpr(
     gl.SharedLinearLayout([*_ROW, [1, 8], [2, 16], [4, 32], [8, 16], [16, 0], [32, 0]])
 )
-# A slot in shared memory, where each thread has what it copied there itself.
-SLOT_COPY = gl.constexpr(gl.SharedLinearLayout([*_ROW, [1, 16], [2, 32], [4, 0]]))
+# Tiles on their way in: copied by rows, taken as eight slots a thread.
+COPY = gl.constexpr(
+    gl.SharedLinearLayout([*_ROW, [1, 0], [2, 0], [4, 0], [8, 16], [16, 32], [32, 0]])
+)
+COPY_16 = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+COPY_32 = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
+SLOTS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        [[0, 4], [0, 8], [8, 0], [16, 0], [32, 0]], [[0, 16], [0, 32]], [], [64, 64],
+    )
+)  # fmt: skip
 # Operands of unit_products: a unit of 8 rows a warp, a thread has 16 channels of one of them.
 UNITS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -154,17 +164,14 @@ def gather(x, LEVEL: gl.constexpr):
     """Eight slots as [64, 64], rows in the order of a level.
 
     The bit of the token's number that is worth LEVEL (8, 16 or 32) becomes the highest of the
-    row's number: above and below the cut are halves of the tile. LEVEL 16 and 32: then that within
-    8 tokens, then the other two bits, see ``natural``. LEVEL 0: rows as they are.
+    row's number: above and below the cut are halves of the tile. LEVEL 0 and 32: rows as they are.
     """
     b_0, b_1 = gl.join(x[0], x[4]), gl.join(x[1], x[5])
     b_2, b_3 = gl.join(x[2], x[6]), gl.join(x[3], x[7])
     b_x = gl.join(gl.join(b_0, b_2), gl.join(b_1, b_3))  # [block, channel, s2, s1, s0]
     b_x = b_x.reshape((2, 2, 2, 64, 2, 2, 2))  # b2, b1, b0, channel, s2, s1, s0
     if LEVEL == 16:
-        b_x = b_x.permute((1, 4, 5, 6, 0, 2, 3))
-    elif LEVEL == 32:
-        b_x = b_x.permute((0, 4, 5, 6, 1, 2, 3))
+        b_x = b_x.permute((1, 0, 2, 4, 5, 6, 3))
     elif LEVEL == 8:
         b_x = b_x.permute((2, 0, 1, 4, 5, 6, 3))
     else:
@@ -173,9 +180,17 @@ def gather(x, LEVEL: gl.constexpr):
 
 
 @gluon.jit
-def natural(b_x):
-    """A tile [32, 32] in gather's order of rows and columns, in that of tokens."""
-    return b_x.reshape((8, 4, 8, 4)).permute((1, 0, 3, 2)).reshape((32, 32))
+def slots(s_x):
+    """A tile as eight slots."""
+    b_x = s_x.load(SLOTS).reshape((8, 2, 2, 2, 64)).permute((0, 4, 3, 2, 1))
+    b_0, b_4 = gl.split(b_x)
+    b_0, b_2 = gl.split(b_0)
+    b_4, b_6 = gl.split(b_4)
+    x = ()
+    for b in gl.static_range(4):
+        y = gl.split(b_0 if b == 0 else b_2 if b == 1 else b_4 if b == 2 else b_6)
+        x = x + (gl.convert_layout(y[0], SLOT), gl.convert_layout(y[1], SLOT))
+    return x
 
 
 @gluon.jit

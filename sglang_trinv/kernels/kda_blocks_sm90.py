@@ -22,7 +22,7 @@ QUARTERS_ROWS = gl.constexpr(gl.SliceLayout(1, QUARTERS.value))
 QUARTERS_LEFT = gl.constexpr(gl.DotOperandLayout(0, QUARTERS.value, 2))
 QUARTERS_RIGHT = gl.constexpr(gl.DotOperandLayout(1, QUARTERS.value, 2))
 BLOCKS = gl.constexpr(gl.SwizzledSharedLayout(8, 4, 2, [1, 0]))  # rows of 32 bytes
-SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))  # rows of 64 bytes
+SUMS = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 2, [1, 0]))  # rows of 64 bytes
 
 
 @gluon.jit

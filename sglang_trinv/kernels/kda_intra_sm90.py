@@ -154,9 +154,9 @@ def apply(s_y, s_X, f_0, f_1, dtype: gl.constexpr, LOST: gl.constexpr):
 
 
 @gluon.jit
-def column_factor(p_g):
+def column_factor(b_g):
     """exp2(ceil(g_0)) / KB_SCALE of 64 columns."""
-    b_g = gl.ceil(gl.load(p_g + gl.arange(0, 64, WIDE_COLUMNS)))
+    b_g = gl.ceil(b_g)
     return gl.expand_dims(decay(b_g, b_g * 0.0) * (1.0 / KB_SCALE), 0)
 
 
@@ -180,7 +180,7 @@ def put_inverse(p, s, s_X, n):
 
 @gluon.jit
 def run_tile(
-    q, k, v, gk, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next, i_h, i_next,
+    q, k, v, gk, beta, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next, i_h, i_next,
     H: gl.constexpr, ZERO_UPPER: gl.constexpr,
 ):  # fmt: skip
     """64 tokens of one head, n of them if fewer are left."""
@@ -199,7 +199,10 @@ def run_tile(
     b_s, b_8, Q16, G16, Q32, G32 = products(
         q, k, gk, s_b[1], kg, s_s, s_x, s_kb, s, n, to_next, n_next
     )
-    f_0, f_1 = column_factor(gk), column_factor(gk + 64)
+    o_k = gl.arange(0, 64, WIDE_COLUMNS)
+    g_0, g_1, b_next = (
+        gl.load(gk + o_k), gl.load(gk + 64 + o_k), ask_betas(beta, row_next, n_next, i_next, H)
+    )  # fmt: skip
     s_v = gl.allocate_shared_memory(dtype, [2, 64, 64], TILES)
     ask_values(v, s_v, s, n)
 
@@ -244,6 +247,7 @@ def run_tile(
     b_2 = betas(s_b[0].slice(32, 16), WIDE_COLUMNS, 0)
     store_off_diagonal(s_U, X10 * b_0, X32 * b_2, X20 * b_0, X21 * b_1, X30 * b_0, X31 * b_1)
 
+    f_0, f_1 = column_factor(g_0), column_factor(g_1)
     s_0, s_1 = apply(s_kb, s_X, f_0, f_1, dtype, False)
     store_rows(w, s, s_0, n)
     store_rows(w + 64, s, s_1, n)
@@ -252,6 +256,7 @@ def run_tile(
     s_0, s_1 = apply(s_v, s_U, f_0, f_1, dtype, True)
     store_rows(u, s, s_0, n)
     store_rows(u + 64, s, s_1, n)
+    return b_next
 
 
 @gluon.jit(
@@ -285,12 +290,12 @@ def kda_intra_kernel_sm90(
             cu_seqlens, chunk_indices, p + step, tiles, T, N, per_row, first, bos, eos, H, VARLEN
         )
         i_next = (p + step) % H
-        b_next = ask_betas(beta, row_next, n_next, i_next, H)
         if n <= 0:
             o = (row_next.to(gl.int64) * H + i_next) * 128
             ask_tiles(q + o, k + o, gk + o, s_s, H * 128, n_next)
+            b_next = ask_betas(beta, row_next, n_next, i_next, H)
         else:
-            run_tile(
-                q, k, v, gk, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next, p % H,
-                i_next, H, ZERO_UPPER,
+            b_next = run_tile(
+                q, k, v, gk, beta, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next,
+                p % H, i_next, H, ZERO_UPPER,
             )  # fmt: skip

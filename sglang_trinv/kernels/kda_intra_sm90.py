@@ -29,15 +29,17 @@ from sglang_trinv.kernels.kda_tiles_sm90 import (
     COPY,
     KEYS,
     TILES,
+    ask_betas,
+    betas,
     decay,
     diagonal_blocks,
+    share_betas,
     split_products,
 )
 from sglang_trinv.kernels.prefill_tiles_sm90 import barrier, store_rows
 
 # 16 bytes a thread: [64, 64] and [64, 16] or [32, 16] tiles of 16-bit results on their way out.
 OUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-BETAS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 OUT_BLOCK = gl.constexpr(gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0]))
 
 
@@ -101,31 +103,6 @@ def put_scores(Q_d, Q16, Q32, p, s, scale, n, dtype: gl.constexpr):
 
 
 @gluon.jit
-def ask_betas(beta, row, n, i_h, H: gl.constexpr):
-    """Write strengths of a tile, 0 past the end; each warp has all of them."""
-    o_t = gl.arange(0, 64, BETAS)
-    return gl.load(beta + (row + o_t).to(gl.int64) * H + i_h, mask=o_t < n, other=0.0)
-
-
-@gluon.jit
-def share_betas(b_b):
-    """Write strengths in shared memory: as they are, slot by slot, and in the order of level 16."""
-    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    b_s = b_b.reshape((8, 8)).permute((1, 0)).reshape((64,))
-    b_16 = b_b.reshape((2, 2, 16)).permute((1, 0, 2)).reshape((64,))
-    return (
-        gl.allocate_shared_memory(gl.float32, [64], line, b_b),
-        gl.allocate_shared_memory(gl.float32, [64], line, b_s),
-        gl.allocate_shared_memory(gl.float32, [64], line, b_16),
-    )
-
-
-@gluon.jit
-def betas(s_b, layout: gl.constexpr, axis: gl.constexpr):
-    return gl.expand_dims(s_b.load(layout), axis)
-
-
-@gluon.jit
 def apply(s_y, s_X, f_0, f_1, dtype: gl.constexpr, LOST: gl.constexpr):
     """X y diag(f), in place; s_y is [2, 64, 64]: 128 columns in halves.
 
@@ -176,6 +153,14 @@ def put_inverse(p, s, s_X, n):
     for i in gl.static_range(3):
         put_stack(p, s, s_X.slice(64 * i, 64, 0), n, i)
     put_zeros_above(p, s, n)
+
+
+@gluon.jit
+def ask_next(q, k, gk, beta, s_s, row, n, i_h, H: gl.constexpr):
+    """Ask for half of the channels of a tile, and for its write strengths, which are returned."""
+    o = (row.to(gl.int64) * H + i_h) * 128
+    ask_tiles(q + o, k + o, gk + o, s_s, H * 128, n)
+    return ask_betas(beta, row, n, i_h, H)
 
 
 @gluon.jit
@@ -281,9 +266,7 @@ def kda_intra_kernel_sm90(
     row_next, n_next, first, bos, eos = locate_tile(
         cu_seqlens, chunk_indices, i_p, tiles, T, N, per_row, first, bos, eos, H, VARLEN
     )
-    o = (row_next.to(gl.int64) * H + i_p % H) * 128
-    ask_tiles(q + o, k + o, gk + o, s_s, H * 128, n_next)
-    b_next = ask_betas(beta, row_next, n_next, i_p % H, H)
+    b_next = ask_next(q, k, gk, beta, s_s, row_next, n_next, i_p % H, H)
     for p in range(i_p, tiles, step):
         row, n, b_b = row_next, n_next, b_next.to(gl.float32)
         row_next, n_next, first, bos, eos = locate_tile(
@@ -291,9 +274,7 @@ def kda_intra_kernel_sm90(
         )
         i_next = (p + step) % H
         if n <= 0:
-            o = (row_next.to(gl.int64) * H + i_next) * 128
-            ask_tiles(q + o, k + o, gk + o, s_s, H * 128, n_next)
-            b_next = ask_betas(beta, row_next, n_next, i_next, H)
+            b_next = ask_next(q, k, gk, beta, s_s, row_next, n_next, i_next, H)
         else:
             b_next = run_tile(
                 q, k, v, gk, beta, b_b, w, u, kg, Aqk, Akk, s_s, scale, row, n, row_next, n_next,

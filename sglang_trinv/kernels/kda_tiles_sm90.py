@@ -13,9 +13,10 @@ from triton.experimental.gluon import language as gl
 SLOT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [1, 4], [1, 0]))
 SLOT_ROWS = gl.constexpr(gl.SliceLayout(1, SLOT.value))
 SLOT_COLUMNS = gl.constexpr(gl.SliceLayout(0, SLOT.value))
-# [64, 64] and [32, 64] in shared memory: 128 bytes a row, pieces of 16 bytes exchanged so that
-# neither stores of slots nor loads of 16 bytes a thread (CUT: ldmatrix) meet in the same banks.
-# Only one bit of the slot's number takes part: each more would cost addresses, that is registers.
+# [64, 64] and [32, 64] in shared memory: 128 bytes a row, pieces of 16 bytes exchanged so that few
+# stores of slots meet in the same banks, and no loads: those of 16 bytes a thread (EXCHANGE), by
+# ldmatrix (CUT, KEYS) and of slots (COPY). Each bit of the slot's number that takes part costs
+# addresses, that is registers; ldmatrix wants all three.
 _ROW = [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [0, 32]]
 _EXCHANGE = [*_ROW, [1, 32], [2, 0], [4, 0], [8, 16], [16, 32]]
 _CUT = [*_ROW, [1, 8], [2, 16], [4, 32], [8, 16], [16, 32]]
@@ -24,11 +25,10 @@ EXCHANGE_HALF = gl.constexpr(gl.SharedLinearLayout(_EXCHANGE))
 CUT = gl.constexpr(gl.SharedLinearLayout([*_CUT, [32, 0]]))
 CUT_HALF = gl.constexpr(gl.SharedLinearLayout(_CUT))
 TILES = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))  # for ldmatrix alone
-# For stores of slots and ldmatrix, which takes 8 rows one behind the other.
 KEYS = gl.constexpr(
     gl.SharedLinearLayout([*_ROW, [1, 8], [2, 16], [4, 32], [8, 16], [16, 0], [32, 0]])
 )
-# Tiles on their way in: copied by rows, taken as eight slots a thread.
+# Tiles come in by rows and are taken as eight slots a thread.
 COPY = gl.constexpr(
     gl.SharedLinearLayout([*_ROW, [1, 0], [2, 0], [4, 0], [8, 16], [16, 32], [32, 0]])
 )
@@ -40,6 +40,7 @@ SLOTS = gl.constexpr(
         [[0, 4], [0, 8], [8, 0], [16, 0], [32, 0]], [[0, 16], [0, 32]], [], [64, 64],
     )
 )  # fmt: skip
+BETAS = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 # Operands of unit_products: a unit of 8 rows a warp, a thread has 16 channels of one of them.
 UNITS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -186,9 +187,9 @@ def slots(s_x):
     b_0, b_4 = gl.split(b_x)
     b_0, b_2 = gl.split(b_0)
     b_4, b_6 = gl.split(b_4)
-    x = ()
-    for b in gl.static_range(4):
-        y = gl.split(b_0 if b == 0 else b_2 if b == 1 else b_4 if b == 2 else b_6)
+    x, b_x = (), (b_0, b_2, b_4, b_6)
+    for i in gl.static_range(4):
+        y = gl.split(b_x[i])
         x = x + (gl.convert_layout(y[0], SLOT), gl.convert_layout(y[1], SLOT))
     return x
 
@@ -207,3 +208,28 @@ def diagonal_blocks(b_s, b_8, layout: gl.constexpr):
     b_0, b_3 = gl.convert_layout(b_0, b_8.type.layout), gl.convert_layout(b_3, b_8.type.layout)
     b_x = gl.join(gl.join(b_0, gl.zeros_like(b_8)), gl.join(b_8, b_3))  # .., half column, half row
     return gl.convert_layout(b_x.permute((0, 5, 1, 4, 2, 3)).reshape((64, 16)), layout)
+
+
+@gluon.jit
+def ask_betas(beta, row, n, i_h, H: gl.constexpr):
+    """Write strengths of a tile, 0 past the end; each warp has all of them."""
+    o_t = gl.arange(0, 64, BETAS)
+    return gl.load(beta + (row + o_t).to(gl.int64) * H + i_h, mask=o_t < n, other=0.0)
+
+
+@gluon.jit
+def share_betas(b_b):
+    """Write strengths in shared memory: as they are, slot by slot, and in the order of level 16."""
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    b_s = b_b.reshape((8, 8)).permute((1, 0)).reshape((64,))
+    b_16 = b_b.reshape((2, 2, 16)).permute((1, 0, 2)).reshape((64,))
+    return (
+        gl.allocate_shared_memory(gl.float32, [64], line, b_b),
+        gl.allocate_shared_memory(gl.float32, [64], line, b_s),
+        gl.allocate_shared_memory(gl.float32, [64], line, b_16),
+    )
+
+
+@gluon.jit
+def betas(s_b, layout: gl.constexpr, axis: gl.constexpr):
+    return gl.expand_dims(s_b.load(layout), axis)

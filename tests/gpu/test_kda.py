@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_trinv import ops
-from sglang_trinv.ops import kda_intra
+from sglang_trinv.ops import kda_intra, tiles_sm90
 from sglang_trinv.reference.kda import naive_kda_intra
 from tests.inputs import HARD_INPUTS, LENGTHS, OUTSIDE_BOUND, chunk_indices_of
 from tests.kda_checks import (
@@ -118,6 +118,19 @@ def test_padded_chunk_indices_and_none(ragged: KdaInputs) -> None:
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_a_few_programs_take_tile_after_tile(
+    multiprocessors: int, ragged: KdaInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper; without chunk_indices some tiles are of no sequence."""
+    found = read(ragged, run_kda(ragged))
+    monkeypatch.setattr(tiles_sm90, "_multiprocessors", lambda index: multiprocessors)
+    x = ragged
+    call = (x.q, x.k, x.v, x.gk, x.beta, None, x.cu_seqlens)
+    for a, b in zip(found, read(x, ops.chunk_kda_fwd_intra(*call)), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_memory_beyond_the_outputs(ragged: KdaInputs) -> None:

@@ -45,6 +45,7 @@ HALF = (
 FLOAT = ("A", "g", "gk", "beta", "factors", "state", "starts", "ends", "track")
 SCALAR = ("scale", "unit")
 TILES = f"tensordesc<bf16[64, 64],{TILE!r}>"
+STRIDE = ("s_q", "s_k", "s_v", "s_state")
 INDEX = ("marks", "cu_seqlens", "chunk_indices", "state_indices", "track_chunks")
 SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128, "BK": 128, "BDK": 64, "BDV": 64}
 FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
@@ -194,7 +195,7 @@ def compile_kernel(name: str, arch: int | str, **changed: Any) -> Resources:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(source.arg_names)
-        if signature[n].startswith("*")
+        if signature[n].startswith("*") or n in STRIDE
     }
     places = {(source.arg_names.index(n),): value for n, value in constants.items()}
     start = time.perf_counter()

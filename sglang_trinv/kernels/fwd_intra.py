@@ -18,9 +18,9 @@ def gram_blocks(p_k, stride, o_t, T, K: tl.constexpr, BK: tl.constexpr, IO: tl.c
     for i_k in tl.static_range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
         b_k0 = load_rows(p_k, stride, o_t, o_k, T).to(IO)
-        b_k1 = load_rows(p_k, stride, o_t + 16, o_k, T).to(IO)
-        b_k2 = load_rows(p_k, stride, o_t + 32, o_k, T).to(IO)
-        b_k3 = load_rows(p_k, stride, o_t + 48, o_k, T).to(IO)
+        b_k1 = load_rows(p_k + 16 * stride, stride, o_t, o_k, T - 16).to(IO)
+        b_k2 = load_rows(p_k + 32 * stride, stride, o_t, o_k, T - 32).to(IO)
+        b_k3 = load_rows(p_k + 48 * stride, stride, o_t, o_k, T - 48).to(IO)
         G00 = tl.dot(b_k0, tl.trans(b_k0), G00)
         G10 = tl.dot(b_k1, tl.trans(b_k0), G10)
         G11 = tl.dot(b_k1, tl.trans(b_k1), G11)
@@ -58,6 +58,16 @@ def scale_rows(b_x, b_s, IO: tl.constexpr):
 
 
 @triton.jit
+def load_decay(p_b, p_g, stride, o_t, T, HAS_G: tl.constexpr):
+    """beta exp(g)."""
+    b_s = tl.load(p_b + o_t * stride, mask=o_t < T, other=0.0).to(tl.float32)
+    if HAS_G:
+        b_g = tl.load(p_g + o_t * stride, mask=o_t < T, other=0.0).to(tl.float32)
+        b_s *= tl.exp2(b_g * LOG2E)
+    return b_s
+
+
+@triton.jit
 def apply_inverse(
     p_x, s_x, p_y, s_y, o_t, T, b_s0, b_s1, b_s2, b_s3,
     X00, X10, X11, X20, X21, X22, X30, X31, X32, X33,
@@ -65,22 +75,22 @@ def apply_inverse(
 ):  # fmt: skip
     """y = X diag(s) x for [64, D] tiles, X lower triangular by blocks."""
     e = p_y.dtype.element_ty
+    o_d = tl.arange(0, BD)
     for i_d in tl.range(0, D, BD, num_stages=STAGES):
-        o_d = i_d + tl.arange(0, BD)
-        p = p_y + o_t[:, None] * s_y + o_d[None, :]
-        b_x0 = load_rows(p_x, s_x, o_t, o_d, T)
-        b_x1 = load_rows(p_x, s_x, o_t + 16, o_d, T)
-        b_x2 = load_rows(p_x, s_x, o_t + 32, o_d, T)
-        b_x3 = load_rows(p_x, s_x, o_t + 48, o_d, T)
+        p = p_y + i_d + o_t[:, None] * s_y + o_d[None, :]
+        b_x0 = load_rows(p_x + i_d, s_x, o_t, o_d, T)
         b_x0 = scale_rows(b_x0, b_s0, IO)
         b_y = tl.dot(X00, b_x0)
         tl.store(p, b_y.to(e), mask=(o_t < T)[:, None])
+        b_x1 = load_rows(p_x + 16 * s_x + i_d, s_x, o_t, o_d, T - 16)
         b_x1 = scale_rows(b_x1, b_s1, IO)
         b_y = tl.dot(X11, b_x1, tl.dot(X10, b_x0))
         tl.store(p + 16 * s_y, b_y.to(e), mask=(o_t + 16 < T)[:, None])
+        b_x2 = load_rows(p_x + 32 * s_x + i_d, s_x, o_t, o_d, T - 32)
         b_x2 = scale_rows(b_x2, b_s2, IO)
         b_y = tl.dot(X22, b_x2, tl.dot(X21, b_x1, tl.dot(X20, b_x0)))
         tl.store(p + 32 * s_y, b_y.to(e), mask=(o_t + 32 < T)[:, None])
+        b_x3 = load_rows(p_x + 48 * s_x + i_d, s_x, o_t, o_d, T - 48)
         b_x3 = scale_rows(b_x3, b_s3, IO)
         b_y = tl.dot(X33, b_x3, tl.dot(X32, b_x2, tl.dot(X31, b_x1, tl.dot(X30, b_x0))))
         tl.store(p + 48 * s_y, b_y.to(e), mask=(o_t + 48 < T)[:, None])
@@ -109,7 +119,7 @@ def fwd_intra_kernel(
     G00, G10, G11, G20, G21, G22, G30, G31, G32, G33 = gram_blocks(p_k, Hg * K, o_t, T, K, BK, IO)
     for i_g in range(GROUP):
         i_h = i_h0 + i_g
-        p_b = beta + row * H + i_h
+        p_b, p_g = beta + row * H + i_h, None
         b_b0 = load_gate(p_b, H, o_t, T, True)
         b_b1 = load_gate(p_b, H, o_t + 16, T, True)
         b_b2 = load_gate(p_b, H, o_t + 32, T, True)
@@ -167,7 +177,8 @@ def fwd_intra_kernel(
             )  # fmt: skip
             apply_inverse(
                 p_k, Hg * K, w + (row * H + i_h) * K, H * K, o_t, T,
-                b_b0 * tl.exp2(b_g0), b_b1 * tl.exp2(b_g1),
-                b_b2 * tl.exp2(b_g2), b_b3 * tl.exp2(b_g3),
+                load_decay(p_b, p_g, H, o_t, T, HAS_G), load_decay(p_b, p_g, H, o_t + 16, T, HAS_G),
+                load_decay(p_b, p_g, H, o_t + 32, T, HAS_G),
+                load_decay(p_b, p_g, H, o_t + 48, T, HAS_G),
                 X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, IO, STAGES,
             )  # fmt: skip

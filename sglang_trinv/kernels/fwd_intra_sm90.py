@@ -144,6 +144,11 @@ def fwd_intra_kernel_sm90(
         clear_rows(s_0, n)
         clear_rows(s_1, n)
     X = with_identity(inverse_blocks(gram_blocks(s_0, s_1), s_g, s_b, None, "fp16"))
+    if A_desc is not None:  # stored at the end X would not fit the registers
+        s_A = gl.allocate_shared_memory(dtype, [64, 64], k.layout)
+        store_blocks(s_A, X)
+        put(A_desc, Ai, s_A, row, i_h * 64, n, H * 64)
+        tma.store_wait(0)
     a_w, a_u = scaled_blocks(X, s_s, dtype), scaled_blocks(X, s_b, dtype)
     d_0, d_1 = lost(s_s, 0, dtype), lost(s_s, 1, dtype)
     d_2, d_3 = lost(s_s, 2, dtype), lost(s_s, 3, dtype)
@@ -166,8 +171,3 @@ def fwd_intra_kernel_sm90(
     apply_blocks(a_u, d_0, d_1, d_2, d_3, s_1)
     put(u_desc, u, s_1, row, i_h * 128 + 64, n, H * 128)
     tma.store_wait(0)
-    if A_desc is not None:
-        barrier()
-        store_blocks(s_0, X)
-        put(A_desc, Ai, s_0, row, i_h * 64, n, H * 64)
-        tma.store_wait(0)

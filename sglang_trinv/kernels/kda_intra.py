@@ -21,7 +21,7 @@ from sglang_trinv.kernels.kda_products import (
 
 @triton.jit
 def apply_inverse(
-    p_x, p_y, p_g, s, o_t, T, unit, b_s0, b_s1, b_s2, b_s3,
+    p_x, p_y, p_g, s, o_t, T, unit, p_b, H,
     X00, X10, X11, X20, X21, X22, X30, X31, X32, X33,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -34,13 +34,16 @@ def apply_inverse(
     X00, X10, X11 = X00.to(f).to(IO), X10.to(f).to(IO), X11.to(f).to(IO)
     X20, X21, X22 = X20.to(f).to(IO), X21.to(f).to(IO), X22.to(f).to(IO)
     X30, X31, X32, X33 = X30.to(f).to(IO), X31.to(f).to(IO), X32.to(f).to(IO), X33.to(f).to(IO)
+    if ROWS:
+        b_s0, b_s1 = load_gate(p_b, H, o_t, T, True), load_gate(p_b, H, o_t + 16, T, True)
+        b_s2, b_s3 = load_gate(p_b, H, o_t + 32, T, True), load_gate(p_b, H, o_t + 48, T, True)
+    o_d = tl.arange(0, BD)
     for i_d in tl.range(0, D, BD, num_stages=STAGES):
-        o_d = i_d + tl.arange(0, BD)
-        p = p_y + o_t[:, None] * s + o_d[None, :]
-        b_x0 = load_rows(p_x, s, o_t, o_d, T)
-        b_x1 = load_rows(p_x, s, o_t + 16, o_d, T)
-        b_x2 = load_rows(p_x, s, o_t + 32, o_d, T)
-        b_x3 = load_rows(p_x, s, o_t + 48, o_d, T)
+        p = p_y + i_d + o_t[:, None] * s + o_d[None, :]
+        b_x0 = load_rows(p_x + i_d, s, o_t, o_d, T)
+        b_x1 = load_rows(p_x + 16 * s + i_d, s, o_t, o_d, T - 16)
+        b_x2 = load_rows(p_x + 32 * s + i_d, s, o_t, o_d, T - 32)
+        b_x3 = load_rows(p_x + 48 * s + i_d, s, o_t, o_d, T - 48)
         b_c = 1.0
         if ROWS:
             b_x0 = (b_x0.to(tl.float32) * b_s0[:, None]).to(f)
@@ -48,7 +51,7 @@ def apply_inverse(
             b_x2 = (b_x2.to(tl.float32) * b_s2[:, None]).to(f)
             b_x3 = (b_x3.to(tl.float32) * b_s3[:, None]).to(f)
         else:
-            b_c = tl.exp2(tl.abs(first_gate(p_g, s, o_d, T)) * unit) / KB_SCALE
+            b_c = tl.exp2(tl.abs(first_gate(p_g + i_d, s, o_d, T)) * unit) / KB_SCALE
         b_x0, b_x1, b_x2, b_x3 = b_x0.to(IO), b_x1.to(IO), b_x2.to(IO), b_x3.to(IO)
         b_y = tl.dot(X00, b_x0) * b_c
         tl.store(p, b_y.to(e), mask=(o_t < T)[:, None])
@@ -165,15 +168,15 @@ def kda_intra_kernel(
     if STORE_A:
         p_A = Akk + head * 64
         store_block_row(p_A, H * 64, o_t, T, 4, X00, b_0, b_0, b_0)
-        store_block_row(p_A, H * 64, o_1, T, 4, X10, X11, b_0, b_0)
-        store_block_row(p_A, H * 64, o_2, T, 4, X20, X21, X22, b_0)
-        store_block_row(p_A, H * 64, o_3, T, 4, X30, X31, X32, X33)
+        store_block_row(p_A + 16 * H * 64, H * 64, o_t, T - 16, 4, X10, X11, b_0, b_0)
+        store_block_row(p_A + 32 * H * 64, H * 64, o_t, T - 32, 4, X20, X21, X22, b_0)
+        store_block_row(p_A + 48 * H * 64, H * 64, o_t, T - 48, 4, X30, X31, X32, X33)
     apply_inverse(
-        v + head * V, u + head * V, gk, H * V, o_t, T, unit, b_b0, b_b1, b_b2, b_b3,
+        v + head * V, u + head * V, gk, H * V, o_t, T, unit, p_b, H,
         X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, V, BDV, True, IO, STAGES,
     )  # fmt: skip
     tl.debug_barrier()  # other lanes than those that stored kb in w read it
     apply_inverse(
-        kb, w, gk, s, o_t, T, unit, b_b0, b_b1, b_b2, b_b3,
+        kb, w, gk, s, o_t, T, unit, p_b, H,
         X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, False, KB, STAGES,
     )  # fmt: skip

@@ -30,12 +30,11 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
 
 
 # H200, us, T = 8192, Hg/H 16/32: columns by 64 in three stages 106.0, in two 108.6, in one 110.0;
-# by 32 in three 110.0; two value heads a program, by 32 in three 111.5. By 64 in two nothing spills.
+# by 32 in three 110.0; two value heads a program, by 32 in three 111.5. In two nothing spills.
 FWD_INTRA = LaunchConfig(group=1, stages=2)
-# 32 columns of the keys and 32 of w and u: no spills on sm_80 and sm_90. H200, us, before that, with
-# 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623; 64 and 64 with two warps: 551). One cut
-# for all: another one sums in another order, and a sequence has the same bits whatever else is in
-# the batch.
+# 32 columns of the keys, 32 of w and u: no spills on sm_80 and sm_90. H200, us, before, with 64 of
+# w and u: 500.5 at 8192 x 32 heads (16 and 32: 623; 64 and 64 with two warps: 551). One cut for all
+# batches: with another number of columns a sequence would have other bits.
 KDA_INTRA = LaunchConfig(group=1, block_k=32, block_d=32)
 
 

@@ -274,6 +274,7 @@ def kda_intra_kernel_sm90(
         )
         i_next = (p + step) % H
         if n <= 0:
+            async_copy.wait_group(0)  # zeros are on their way to where the next tile goes
             b_next = ask_next(q, k, gk, beta, s_s, row_next, n_next, i_next, H)
         else:
             b_next = run_tile(

@@ -32,18 +32,18 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
 # H200, us, T = 8192, Hg/H 16/32: columns by 64 in three stages 106.0, in two 108.6, in one 110.0;
 # by 32 in three 110.0; two value heads a program, by 32 in three 111.5. In two nothing spills.
 FWD_INTRA = LaunchConfig(group=1, stages=2)
-# 32 columns of the keys, 32 of w and u: no spills on sm_80 and sm_90. H200, us, before, with 64 of
-# w and u: 500.5 at 8192 x 32 heads (16 and 32: 623; 64 and 64 with two warps: 551). One cut for all
-# batches: with another number of columns a sequence would have other bits.
-KDA_INTRA = LaunchConfig(group=1, block_k=32, block_d=32)
+# H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;
+# 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), where
+# 64 and 64 with two warps take 78.5. One cut for all: another one sums in another order, and a
+# sequence has the same bits whatever else is in the batch.
+KDA_INTRA = LaunchConfig(group=1, block_k=32, block_d=64)
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
     """How the whole prefill is cut.
 
-    The portable cut is the one without spills: with 64 rows and 4 warps 1904 / 1208 / 2080 / 1736
-    bytes of stack a thread on sm_80 / 89 / 90 / 100.
+    The portable cut is the one that spills nowhere (benchmarks/results/resources.json).
     """
 
     state: str = "triton"  # kernels of the state pass: "triton" (any GPU) or "sm90" (Gluon)

@@ -21,7 +21,7 @@ from sglang_trinv.kernels.kda_products import (
 
 @triton.jit
 def apply_inverse(
-    p_x, p_y, p_g, s, o_t, T, unit, p_b, H,
+    p_x, p_y, p_g, s, o_t, T, unit, b_s0, b_s1, b_s2, b_s3,
     X00, X10, X11, X20, X21, X22, X30, X31, X32, X33,
     D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -34,9 +34,6 @@ def apply_inverse(
     X00, X10, X11 = X00.to(f).to(IO), X10.to(f).to(IO), X11.to(f).to(IO)
     X20, X21, X22 = X20.to(f).to(IO), X21.to(f).to(IO), X22.to(f).to(IO)
     X30, X31, X32, X33 = X30.to(f).to(IO), X31.to(f).to(IO), X32.to(f).to(IO), X33.to(f).to(IO)
-    if ROWS:
-        b_s0, b_s1 = load_gate(p_b, H, o_t, T, True), load_gate(p_b, H, o_t + 16, T, True)
-        b_s2, b_s3 = load_gate(p_b, H, o_t + 32, T, True), load_gate(p_b, H, o_t + 48, T, True)
     o_d = tl.arange(0, BD)
     for i_d in tl.range(0, D, BD, num_stages=STAGES):
         p = p_y + i_d + o_t[:, None] * s + o_d[None, :]
@@ -172,11 +169,11 @@ def kda_intra_kernel(
         store_block_row(p_A + 32 * H * 64, H * 64, o_t, T - 32, 4, X20, X21, X22, b_0)
         store_block_row(p_A + 48 * H * 64, H * 64, o_t, T - 48, 4, X30, X31, X32, X33)
     apply_inverse(
-        v + head * V, u + head * V, gk, H * V, o_t, T, unit, p_b, H,
+        v + head * V, u + head * V, gk, H * V, o_t, T, unit, b_b0, b_b1, b_b2, b_b3,
         X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, V, BDV, True, IO, STAGES,
     )  # fmt: skip
     tl.debug_barrier()  # other lanes than those that stored kb in w read it
     apply_inverse(
-        kb, w, gk, s, o_t, T, unit, p_b, H,
+        kb, w, gk, s, o_t, T, unit, b_b0, b_b1, b_b2, b_b3,
         X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, False, KB, STAGES,
     )  # fmt: skip

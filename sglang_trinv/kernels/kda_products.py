@@ -81,7 +81,7 @@ def diagonal_products(b_q, b_k, b_g, p_g, s, o_t, o_k, T, unit, b_Q, b_G, DOT: t
     r, c = o_i[:, None], o_i[None, :]
     b_0 = tl.zeros([16, 16], tl.float32)
     b_Qs, b_Gs = row_products(b_q, b_k, b_0, DOT), b_0
-    for n in tl.range(0, 4, num_stages=1):
+    for n in tl.range(0, 4, num_stages=1):  # unrolled it would spill
         o_r = ((o_t >> (n + 1)) << (n + 1)) + (1 << n)
         b_qE, b_kE = cut(b_q, b_k, b_g, load_gates(p_g, s, o_r, o_k, T), unit, DOT)
         m_n = ((r >> (n + 1)) == (c >> (n + 1))) & ((r >> n) > (c >> n))

@@ -59,7 +59,10 @@ def scale_rows(b_x, b_s, IO: tl.constexpr):
 
 @triton.jit
 def load_decay(p_b, p_g, stride, o_t, T, HAS_G: tl.constexpr):
-    """beta exp(g), read again: kept through the inverse it would not fit the registers."""
+    """beta exp(g), read again, and not by load_gate: the compiler makes one of equal loads.
+
+    Kept through the inverse it would not fit the registers.
+    """
     b_s = tl.load(p_b + o_t * stride, mask=o_t < T, other=0.0).to(tl.float32)
     if HAS_G:
         b_g = tl.load(p_g + o_t * stride, mask=o_t < T, other=0.0).to(tl.float32)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from triton.runtime import Autotuner, Heuristics
+
+STOCK_MODULES = ("chunk_fwd", "chunk_intra", "chunk_intra_token_parallel", "kda")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,6 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--gpu-report")
     if path and not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the first
         config.pluginmanager.register(Report(Path(path), config.args), "gpu-report")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_configuration_of_stock() -> None:
+    """SGLang's kernels in one configuration each; only their speed differs, and tuning is slow."""
+    for name in STOCK_MODULES:
+        with suppress(ImportError):
+            module = importlib.import_module(f"sglang.kernels.ops.attention.fla.{name}")
+            for kernel in vars(module).values():
+                tuned = kernel.fn if isinstance(kernel, Heuristics) else kernel
+                if isinstance(tuned, Autotuner):
+                    tuned.configs = tuned.configs[-1:]
 
 
 class Report:

@@ -34,7 +34,7 @@ from sglang_trinv.kernels import (
     solve_tril,
     solve_tril_sm90,
 )
-from sglang_trinv.kernels.configs import FWD_INTRA, KDA_INTRA, PrefillConfig
+from sglang_trinv.kernels.configs import PrefillConfig, fwd_intra_config, kda_intra_config
 from sglang_trinv.ops.tiles_sm90 import KDA_REGS, TILE, TRIL_REGS, WARP_REGS
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
@@ -53,16 +53,17 @@ FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
 
 def _step(stores: str, method: str, group: int) -> tuple[str, str, dict, dict]:
     constants = {
-        **SHAPE, **FLAGS, "GROUP": group, "DOT": method, "STAGES": FWD_INTRA.stages,
+        **SHAPE, **FLAGS, "GROUP": group, "DOT": method, "STAGES": fwd_intra_config(method).stages,
         "STORE_A": stores == "A", "STORE_WU": stores == "wu",
     }  # fmt: skip
     return "fwd_intra", "fwd_intra_kernel", constants, {}
 
 
 def _kda(fuse: bool, method: str) -> tuple[str, str, dict, dict]:
+    config = kda_intra_config(method)
     constants = {
-        "H": 32, "K": 128, "V": 128, "BK": KDA_INTRA.block_k, "BDK": KDA_INTRA.block_d,
-        "BDV": KDA_INTRA.block_d, "DOT": method, "IO": tl.bfloat16, "STAGES": KDA_INTRA.stages,
+        "H": 32, "K": 128, "V": 128, "BK": config.block_k, "BDK": config.block_d,
+        "BDV": config.block_d, "DOT": method, "IO": tl.bfloat16, "STAGES": config.stages,
         "VARLEN": True, "STORE_A": not fuse, "ZERO_UPPER": fuse,
     }  # fmt: skip
     return "kda_intra", "kda_intra_kernel", constants, {}

@@ -10,6 +10,14 @@ keys the rows of the inverse then cancel as they should (docs/numerics.md#rounde
 import triton
 import triton.language as tl
 
+from sglang_trinv.kernels.configs import ONE_PART
+
+
+@triton.constexpr_function
+def splits(DOT):
+    """Whether the compiler splits both operands in two (x3), or they stay float32."""
+    return DOT not in ONE_PART
+
 
 @triton.jit
 def round_once(b_N, DOT: tl.constexpr):
@@ -58,6 +66,15 @@ def inverse_times(b_E, b_Y, acc, DOT: tl.constexpr):
 
 
 @triton.jit
+def merge_pairs(b_N, b_E, r, c, s, DOT: tl.constexpr):
+    """One step of inv_16: E of diagonal blocks of 2^(s + 1) rows from those of 2^s rows."""
+    m_merge = ((r >> (s + 1)) == (c >> (s + 1))) & ((r >> s) != (c >> s))
+    b_M = tl.where(m_merge, b_N, 0.0)
+    b_Y = times_inverse(b_M, b_E, b_M, DOT)
+    return inverse_times(b_E, b_Y, b_E + b_Y, DOT)
+
+
+@triton.jit
 def inv_16(b_N, DOT: tl.constexpr):
     """E of a strictly lower [16, 16] block.
 
@@ -70,11 +87,24 @@ def inv_16(b_N, DOT: tl.constexpr):
     r, c = o_i[:, None], o_i[None, :]
     b_E = tl.where((r >> 1) == (c >> 1), b_N, 0.0)
     for s in tl.static_range(1, 4):
-        m_merge = ((r >> (s + 1)) == (c >> (s + 1))) & ((r >> s) != (c >> s))
-        b_M = tl.where(m_merge, b_N, 0.0)
-        b_Y = times_inverse(b_M, b_E, b_M, DOT)
-        b_E = inverse_times(b_E, b_Y, b_E + b_Y, DOT)
+        b_E = merge_pairs(b_N, b_E, r, c, s, DOT)
     return b_E
+
+
+@triton.jit
+def inv_16_twice(N00, N11, DOT: tl.constexpr):
+    """inv_16 of two blocks, step by step of both, for products that split their operands.
+
+    The compiler keeps both parts of each: with all steps of all blocks unrolled, registers spill.
+    """
+    o_i = tl.arange(0, 16)
+    r, c = o_i[:, None], o_i[None, :]
+    m_pair = (r >> 1) == (c >> 1)
+    E00, E11 = tl.where(m_pair, N00, 0.0), tl.where(m_pair, N11, 0.0)
+    for s in tl.range(1, 4, num_stages=1):
+        E00 = merge_pairs(N00, E00, r, c, s, DOT)
+        E11 = merge_pairs(N11, E11, r, c, s, DOT)
+    return E00, E11
 
 
 @triton.jit
@@ -97,9 +127,12 @@ def merge_64(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.constexpr
     N30, N31, N32 = round_once(N30, DOT), round_once(N31, DOT), round_once(N32, DOT)
     X10 = merge_32(E00, E11, N10, DOT)
     X21 = merge(E22, times_inverse(N21, E11, N21, DOT), DOT)
-    X32 = merge(E33, times_inverse(N32, E22, N32, DOT), DOT)
+    if not splits(DOT):
+        X32 = merge(E33, times_inverse(N32, E22, N32, DOT), DOT)
     Y20 = times_inverse(N21, X10, times_inverse(N20, E00, N20, DOT), DOT)
     X20 = merge(E22, Y20, DOT)
+    if splits(DOT):  # later, so that fewer blocks are alive at once
+        X32 = merge(E33, times_inverse(N32, E22, N32, DOT), DOT)
     Y31 = times_inverse(N32, X21, times_inverse(N31, E11, N31, DOT), DOT)
     X31 = merge(E33, Y31, DOT)
     Y30 = times_inverse(N31, X10, times_inverse(N30, E00, N30, DOT), DOT)

@@ -16,6 +16,9 @@ class LaunchConfig:
     stages: int = 1  # of the loop over these columns
 
 
+# Products whose operands are not all split: the other ones take twice the registers.
+ONE_PART = ("fp16", "fp16x2", "tf32")
+
 # H200, us, T = 8192: 128 columns of k at once 35.9, 64 columns 38.5 (Hg/H 16/32); all value heads
 # of a key head in one program 35.9 against 46.1 one by one, and 55.6 against 79.2 at 16/64.
 # Below 132 SMs x 8 programs latency counts and one head a program is faster.
@@ -32,11 +35,23 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
 # H200, us, T = 8192, Hg/H 16/32: columns by 64 in three stages 106.0, in two 108.6, in one 110.0;
 # by 32 in three 110.0; two value heads a program, by 32 in three 111.5. In two nothing spills.
 FWD_INTRA = LaunchConfig(group=1, stages=2)
+
+
+def fwd_intra_config(dot: str) -> LaunchConfig:
+    """For products in ``dot``; in two stages those of the x3 methods would spill."""
+    return FWD_INTRA if dot in ONE_PART else replace(FWD_INTRA, stages=1)
+
+
 # H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;
 # 64 and 64 with two warps: 551) and 134 at 2048 x 32 (155; 147); at 8192 x 4 heads 104 (119), where
 # 64 and 64 with two warps take 78.5. One cut for all: another one sums in another order, and a
 # sequence has the same bits whatever else is in the batch.
 KDA_INTRA = LaunchConfig(group=1, block_k=32, block_d=64)
+
+
+def kda_intra_config(dot: str) -> LaunchConfig:
+    """For products in ``dot``; with 32 columns those of the x3 methods would spill on SM80."""
+    return KDA_INTRA if dot in ONE_PART else replace(KDA_INTRA, block_k=16)
 
 
 @dataclass(frozen=True)

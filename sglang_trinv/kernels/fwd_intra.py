@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
+from sglang_trinv.kernels.blocks import add_identity, inv_16, inv_16_twice, merge_64, splits
 from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, store_block_row
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -59,7 +59,7 @@ def scale_rows(b_x, b_s, IO: tl.constexpr):
 
 @triton.jit
 def load_decay(p_b, p_g, stride, o_t, T, HAS_G: tl.constexpr):
-    """beta exp(g), read again, and not by load_gate: the compiler makes one of equal loads.
+    """beta exp(g), or beta, read again; by load_gate the compiler would make one of equal loads.
 
     Kept through the inverse it would not fit the registers.
     """
@@ -140,10 +140,16 @@ def fwd_intra_kernel(
             g_2 = tl.load(p_g + tl.minimum(32, T - 1) * H).to(tl.float32) * LOG2E
             g_3 = tl.load(p_g + tl.minimum(48, T - 1) * H).to(tl.float32) * LOG2E
 
-        E00 = inv_16(diagonal_block(G00, b_g0, b_b0), DOT)
-        E11 = inv_16(diagonal_block(G11, b_g1, b_b1), DOT)
-        E22 = inv_16(diagonal_block(G22, b_g2, b_b2), DOT)
-        E33 = inv_16(diagonal_block(G33, b_g3, b_b3), DOT)
+        if splits(DOT):
+            N00, N11 = diagonal_block(G00, b_g0, b_b0), diagonal_block(G11, b_g1, b_b1)
+            N22, N33 = diagonal_block(G22, b_g2, b_b2), diagonal_block(G33, b_g3, b_b3)
+            E00, E22 = inv_16_twice(N00, N22, DOT)
+            E11, E33 = inv_16_twice(N11, N33, DOT)
+        else:
+            E00 = inv_16(diagonal_block(G00, b_g0, b_b0), DOT)
+            E11 = inv_16(diagonal_block(G11, b_g1, b_b1), DOT)
+            E22 = inv_16(diagonal_block(G22, b_g2, b_b2), DOT)
+            E33 = inv_16(diagonal_block(G33, b_g3, b_b3), DOT)
         b_r1 = -b_b1 * tl.exp2(b_g1 - g_1)
         b_r2 = -b_b2 * tl.exp2(b_g2 - g_2)
         b_r3 = -b_b3 * tl.exp2(b_g3 - g_3)
@@ -173,6 +179,11 @@ def fwd_intra_kernel(
             X20, X21, X22 = X20.to(e).to(IO), X21.to(e).to(IO), X22.to(e).to(IO)
             X30, X31 = X30.to(e).to(IO), X31.to(e).to(IO)
             X32, X33 = X32.to(e).to(IO), X33.to(e).to(IO)
+            if splits(DOT):
+                b_b0 = load_decay(p_b, None, H, o_t, T, False)
+                b_b1 = load_decay(p_b, None, H, o_t + 16, T, False)
+                b_b2 = load_decay(p_b, None, H, o_t + 32, T, False)
+                b_b3 = load_decay(p_b, None, H, o_t + 48, T, False)
             apply_inverse(
                 v + (row * H + i_h) * V, H * V, u + (row * H + i_h) * V, H * V, o_t, T,
                 b_b0, b_b1, b_b2, b_b3,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_64
+from sglang_trinv.kernels.blocks import add_identity, inv_16, inv_16_twice, merge_64, splits
 from sglang_trinv.kernels.chunks import load_gate, load_rows, locate_chunk, store_block_row
 from sglang_trinv.kernels.kda_products import (
     KB_SCALE,
@@ -154,8 +154,12 @@ def kda_intra_kernel(
 
     b_b0, b_b1 = load_gate(p_b, H, o_t, T, True), load_gate(p_b, H, o_1, T, True)
     b_b2, b_b3 = load_gate(p_b, H, o_2, T, True), load_gate(p_b, H, o_3, T, True)
-    E00, E11 = inv_16(below_diagonal(G00, b_b0), DOT), inv_16(below_diagonal(G11, b_b1), DOT)
-    E22, E33 = inv_16(below_diagonal(G22, b_b2), DOT), inv_16(below_diagonal(G33, b_b3), DOT)
+    if splits(DOT):
+        E00, E22 = inv_16_twice(below_diagonal(G00, b_b0), below_diagonal(G22, b_b2), DOT)
+        E11, E33 = inv_16_twice(below_diagonal(G11, b_b1), below_diagonal(G33, b_b3), DOT)
+    else:
+        E00, E11 = inv_16(below_diagonal(G00, b_b0), DOT), inv_16(below_diagonal(G11, b_b1), DOT)
+        E22, E33 = inv_16(below_diagonal(G22, b_b2), DOT), inv_16(below_diagonal(G33, b_b3), DOT)
     b_n1, b_n2, b_n3 = -b_b1[:, None], -b_b2[:, None], -b_b3[:, None]
     X10, X20, X21, X30, X31, X32 = merge_64(
         E00, E11, E22, E33,

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from sglang_trinv.kernels.blocks import add_identity, inv_16, merge_32, merge_64
+from sglang_trinv.kernels.blocks import (
+    add_identity,
+    inv_16,
+    inv_16_twice,
+    merge_32,
+    merge_64,
+    splits,
+)
 from sglang_trinv.kernels.chunks import load_rows, locate_chunk, store_block_row
 
 
@@ -55,7 +62,12 @@ def solve_tril_kernel(
         )
         N21, N31 = load_block(p_A + 16, s, o_2, T), load_block(p_A + 16, s, o_3, T)
         N32 = load_block(p_A + 32, s, o_3, T)
-        E00, E11, E22, E33 = inv_16(N00, DOT), inv_16(N11, DOT), inv_16(N22, DOT), inv_16(N33, DOT)
+        if splits(DOT):
+            E00, E22 = inv_16_twice(N00, N22, DOT)
+            E11, E33 = inv_16_twice(N11, N33, DOT)
+        else:
+            E00, E11 = inv_16(N00, DOT), inv_16(N11, DOT)
+            E22, E33 = inv_16(N22, DOT), inv_16(N33, DOT)
         X10, X20, X21, X30, X31, X32 = merge_64(
             E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT
         )  # fmt: skip

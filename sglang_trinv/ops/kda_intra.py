@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from sglang_trinv.kernels.configs import KDA_INTRA
+from sglang_trinv.kernels.configs import kda_intra_config
 from sglang_trinv.kernels.kda_intra import kda_intra_kernel
 from sglang_trinv.ops.check import HALF, check_tensor, check_varlen, want
 from sglang_trinv.ops.chunks import chunk_grid
@@ -99,11 +99,12 @@ def chunk_kda_fwd_intra(
             fuse_diagonal,
         )  # fmt: skip
     elif NT * H * B > 0:
+        config = kda_intra_config(DOT)
         kda_intra_kernel[(NT, H, B)](
             q, k, v, gk, beta, w, u, kg, Aqk, Akk, cu_seqlens, chunk_indices, scale, -1.0, T,
-            H=H, K=K, V=V, BK=tile(K, KDA_INTRA.block_k), BDK=tile(K, KDA_INTRA.block_d),
-            BDV=tile(V, KDA_INTRA.block_d), DOT=DOT,
-            IO=tl.float32 if interpreted() else TL_DTYPE[k.dtype], STAGES=KDA_INTRA.stages,
+            H=H, K=K, V=V, BK=tile(K, config.block_k), BDK=tile(K, config.block_d),
+            BDV=tile(V, config.block_d), DOT=DOT,
+            IO=tl.float32 if interpreted() else TL_DTYPE[k.dtype], STAGES=config.stages,
             VARLEN=cu_seqlens is not None, STORE_A=return_A, ZERO_UPPER=fuse_diagonal,
             num_warps=1, num_stages=1,
         )  # fmt: skip

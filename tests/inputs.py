@@ -46,6 +46,7 @@ LENGTHS = {
     "single tokens": [1] * 5,
 }
 GVA_RATIOS = (1, 2, 3, 4)
+SPLIT_METHODS = ("mbh_tf32x3", "mbh_bf16x3")  # whose kernels take the blocks one by one
 GATES_VARIABLE = "SGLANG_TRINV_GATES"
 REAL_GATES = ("Qwen3-Next", "Qwen3.5-0.8B")
 

@@ -55,6 +55,9 @@ def solve_tril_kernel(
         o_1, o_2, o_3 = o_0 + 16, o_0 + 32, o_0 + 48
         N00, N11 = load_diagonal(p_A, s, o_0, T), load_diagonal(p_A + 16, s, o_1, T)
         N22, N33 = load_diagonal(p_A + 32, s, o_2, T), load_diagonal(p_A + 48, s, o_3, T)
+        if splits(DOT):  # the loads below wait: with all blocks alive, registers spill
+            E00, E22 = inv_16_twice(N00, N22, DOT)
+            E11, E33 = inv_16_twice(N11, N33, DOT)
         N10, N20, N30 = (
             load_block(p_A, s, o_1, T),
             load_block(p_A, s, o_2, T),
@@ -62,10 +65,7 @@ def solve_tril_kernel(
         )
         N21, N31 = load_block(p_A + 16, s, o_2, T), load_block(p_A + 16, s, o_3, T)
         N32 = load_block(p_A + 32, s, o_3, T)
-        if splits(DOT):
-            E00, E22 = inv_16_twice(N00, N22, DOT)
-            E11, E33 = inv_16_twice(N11, N33, DOT)
-        else:
+        if not splits(DOT):
             E00, E11 = inv_16(N00, DOT), inv_16(N11, DOT)
             E22, E33 = inv_16(N22, DOT), inv_16(N33, DOT)
         X10, X20, X21, X30, X31, X32 = merge_64(

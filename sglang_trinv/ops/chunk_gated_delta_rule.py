@@ -231,7 +231,7 @@ def prepare(
 
         run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, beside)
     else:
-        group = kkt_solve_config(H // Hg, slots, Hg).group
+        group = kkt_solve_config(DOT, H // Hg, slots, Hg).group
         launch(
             inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
             (k, g, beta, space.inverses, space.factors, cu_seqlens, T, N, s_k,

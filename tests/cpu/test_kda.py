@@ -66,16 +66,17 @@ def test_outside_the_bound_with_split_operands(name: str) -> None:
     check_kda(kda_inputs(OUTSIDE_BOUND[name], 64, H=4), "mbh_bf16x3")
 
 
+@pytest.mark.parametrize("method", ["auto", "mbh_bf16x3"])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_lengths(name: str) -> None:
-    lengths = LENGTHS[name] if isinstance(LENGTHS, dict) else name
+def test_lengths(name: str, method: str) -> None:
+    lengths = LENGTHS[name]
     x = kda_inputs(RANDOM, sum(lengths), H=1, K=16, lengths=lengths)
     if not sum(lengths):
-        w, u, _, kg, Aqk, Akk = run_kda(x)
+        w, u, _, kg, Aqk, Akk = run_kda(x, method)
         assert (w.shape, u.shape, kg.shape) == (x.k.shape, x.v.shape, x.k.shape)
         assert Aqk.shape == Akk.shape == (1, 0, 1, 64)
         return
-    check_kda(x)
+    check_kda(x, method)
 
 
 @pytest.mark.parametrize(("K", "V"), [(16, 48), (48, 16), (64, 128)])

@@ -57,21 +57,23 @@ def test_fp16_method_outside_the_bound_is_worse_than_stock() -> None:
         check_fwd_intra(x, "mbh_fp16")
 
 
+@pytest.mark.parametrize("method", ["auto", "mbh_bf16x3"])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_lengths(name: str) -> None:
-    lengths = LENGTHS[name] if isinstance(LENGTHS, dict) else name
+def test_lengths(name: str, method: str) -> None:
+    lengths = LENGTHS[name]
     x = HARD_INPUTS["random"].build(sum(lengths), K=16, V=32, lengths=lengths).summed()
     if not sum(lengths):
-        w, u, Ai = run_fwd_intra(x)
+        w, u, Ai = run_fwd_intra(x, method)
         assert (w.shape, u.shape, Ai.shape) == (x.k.shape, x.v.shape, (1, 0, 1, 64))
         return
-    check_fwd_intra(x)
+    check_fwd_intra(x, method)
 
 
+@pytest.mark.parametrize("method", ["auto", "mbh_bf16x3"])
 @pytest.mark.parametrize("ratio", GVA_RATIOS)
-def test_value_heads_per_key_head(ratio: int) -> None:
+def test_value_heads_per_key_head(ratio: int, method: str) -> None:
     x = HARD_INPUTS["random"].build(70, Hg=2, H=2 * ratio, K=32, V=48).summed()
-    check_fwd_intra(x)
+    check_fwd_intra(x, method)
 
 
 @pytest.mark.parametrize("name", REAL_GATES)
@@ -108,9 +110,10 @@ def test_a_sequence_does_not_feel_its_neighbours() -> None:
         assert torch.equal(packed[:, 40:], alone)
 
 
-def test_without_decay_and_with_beta_in_the_dtype_of_k() -> None:
+@pytest.mark.parametrize("method", ["auto", "mbh_bf16x3"])
+def test_without_decay_and_with_beta_in_the_dtype_of_k(method: str) -> None:
     x = HARD_INPUTS["random"].build(66, K=32, V=32).summed()
-    w, u, _ = ops.fwd_intra(x.k, x.v, None, x.beta.bfloat16())
+    w, u, _ = ops.fwd_intra(x.k, x.v, None, x.beta.bfloat16(), method=method)
     W, U, _ = naive_fwd_intra(x.k, x.v, None, x.beta.bfloat16())
     assert rel_err(w, W) <= 2 * rel_err(W.bfloat16(), W)
     assert rel_err(u, U) <= 2 * rel_err(U.bfloat16(), U)

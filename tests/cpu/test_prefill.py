@@ -90,6 +90,11 @@ def test_ragged_batches(ratio: int, state: torch.dtype, dtype: torch.dtype) -> N
     )
 
 
+def test_split_operands() -> None:
+    call = prefill_call(HARD_INPUTS["cosine 0.98"], [64, 1, 0, 75], 1, 2)
+    check_prefill(call, method="mbh_bf16x3")
+
+
 @pytest.mark.parametrize("K", [64, 128])
 def test_head_dims_and_two_key_heads(K: int) -> None:
     check_prefill(prefill_call(RANDOM, [17], Hg=2, K=K, V=192 - K))

@@ -10,7 +10,13 @@ import torch
 from sglang_trinv import ops
 from sglang_trinv.ops import kda_intra, tiles_sm90
 from sglang_trinv.reference.kda import naive_kda_intra
-from tests.inputs import HARD_INPUTS, LENGTHS, OUTSIDE_BOUND, chunk_indices_of
+from tests.inputs import (
+    HARD_INPUTS,
+    LENGTHS,
+    OUTSIDE_BOUND,
+    SPLIT_METHODS,
+    chunk_indices_of,
+)
 from tests.kda_checks import (
     RANDOM,
     STEEP_GATES,
@@ -51,10 +57,16 @@ def test_steep_gates(name: str, keys: str, dtype: torch.dtype) -> None:
     check_kda(made(HARD_INPUTS[keys], 500, dtype=dtype, gates=STEEP_GATES[name]))
 
 
-@pytest.mark.parametrize("method", ["mbh_tf32x3", "mbh_bf16x3"])
-@pytest.mark.parametrize("name", OUTSIDE_BOUND)
-def test_outside_the_bound_with_split_operands(name: str, method: str) -> None:
-    check_kda(made(OUTSIDE_BOUND[name], 512), method)
+@pytest.mark.parametrize("method", SPLIT_METHODS)
+@pytest.mark.parametrize("name", HARD_INPUTS | OUTSIDE_BOUND)
+def test_split_operands(name: str, method: str) -> None:
+    check_kda(made((HARD_INPUTS | OUTSIDE_BOUND)[name], 512), method)
+
+
+@pytest.mark.parametrize("method", SPLIT_METHODS)
+@pytest.mark.parametrize("name", [name for name in LENGTHS if name != "0"])
+def test_lengths_with_split_operands(name: str, method: str) -> None:
+    check_kda(made(RANDOM, sum(LENGTHS[name]), lengths=LENGTHS[name]), method)
 
 
 @pytest.mark.parametrize("name", [name for name in LENGTHS if name != "0"])
@@ -72,14 +84,15 @@ def read(x: KdaInputs, results: tuple) -> list[torch.Tensor]:
     return [lower(x, t) if t.shape[-1] == 64 else t for t in results if t is not None]
 
 
-def test_bitwise_alone_packed_and_again(ragged: KdaInputs) -> None:
-    packed = read(ragged, run_kda(ragged))
-    for a, b in zip(packed, read(ragged, run_kda(ragged)), strict=True):
+@pytest.mark.parametrize("method", ["auto", *SPLIT_METHODS])
+def test_bitwise_alone_packed_and_again(ragged: KdaInputs, method: str) -> None:
+    packed = read(ragged, run_kda(ragged, method))
+    for a, b in zip(packed, read(ragged, run_kda(ragged, method)), strict=True):
         assert torch.equal(a, b)
     bounds = ragged.cu_seqlens.tolist()
     for begin, end in zip(bounds, bounds[1:], strict=False):
         alone = ragged.rows(begin, end)
-        for a, b in zip(packed, read(alone, run_kda(alone)), strict=True):
+        for a, b in zip(packed, read(alone, run_kda(alone, method)), strict=True):
             assert torch.equal(a[:, begin:end], b)
 
 

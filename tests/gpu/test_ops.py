@@ -20,6 +20,7 @@ from tests.inputs import (
     LENGTHS,
     OUTSIDE_BOUND,
     REAL_GATES,
+    SPLIT_METHODS,
     chunk_indices_of,
     real_gate_inputs,
 )
@@ -48,10 +49,20 @@ def test_hard_inputs(name: str, dtype: torch.dtype, kernels: str, record_propert
         record_property(output, f"{error:.3e} of {allowed:.3e}")
 
 
-@pytest.mark.parametrize("method", ["mbh_tf32x3", "mbh_bf16x3"])
-@pytest.mark.parametrize("name", OUTSIDE_BOUND)
-def test_outside_the_bound_with_split_operands(name: str, method: str) -> None:
-    check_fwd_intra(OUTSIDE_BOUND[name].build(512, 4, 4, device="cuda").summed(), method)
+@pytest.mark.parametrize("method", SPLIT_METHODS)
+@pytest.mark.parametrize("name", HARD_INPUTS | OUTSIDE_BOUND)
+def test_split_operands(name: str, method: str) -> None:
+    case = (HARD_INPUTS | OUTSIDE_BOUND)[name]
+    check_fwd_intra(case.build(512, 4, 4, device="cuda").summed(), method)
+
+
+@pytest.mark.parametrize("method", SPLIT_METHODS)
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_with_split_operands(name: str, method: str) -> None:
+    if sum(LENGTHS[name]):
+        case = HARD_INPUTS["random"]
+        x = case.build(sum(LENGTHS[name]), 4, 8, lengths=LENGTHS[name], device="cuda")
+        check_fwd_intra(x.summed(), method)
 
 
 def test_tf32_on_hard_inputs() -> None:
@@ -61,7 +72,7 @@ def test_tf32_on_hard_inputs() -> None:
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths(name: str, kernels: str) -> None:
-    lengths = LENGTHS[name] if isinstance(LENGTHS, dict) else name
+    lengths = LENGTHS[name]
     if sum(lengths):
         x = HARD_INPUTS["random"].build(sum(lengths), 4, 4, lengths=lengths, device="cuda")
         check_fwd_intra(x.summed())
@@ -88,9 +99,10 @@ def ragged() -> object:
     ).summed()  # fmt: skip
 
 
-def test_bitwise_alone_packed_reordered_and_again(ragged) -> None:
-    packed = run_fwd_intra(ragged)
-    for a, b in zip(packed, run_fwd_intra(ragged), strict=True):
+@pytest.mark.parametrize("method", ["auto", *SPLIT_METHODS])
+def test_bitwise_alone_packed_reordered_and_again(ragged, method: str) -> None:
+    packed = run_fwd_intra(ragged, method)
+    for a, b in zip(packed, run_fwd_intra(ragged, method), strict=True):
         assert torch.equal(a, b)
     bounds = ragged.cu_seqlens.tolist()
     for begin, end in zip(bounds, bounds[1:], strict=False):
@@ -98,27 +110,29 @@ def test_bitwise_alone_packed_reordered_and_again(ragged) -> None:
             ragged, cu_seqlens=None,
             **{n: getattr(ragged, n)[:, begin:end].contiguous() for n in ("k", "v", "g", "beta")},
         )  # fmt: skip
-        for a, b in zip(packed, run_fwd_intra(cut), strict=True):
+        for a, b in zip(packed, run_fwd_intra(cut, method), strict=True):
             assert torch.equal(a[:, begin:end], b)
-    A = ops.kkt_solve(ragged.k, ragged.g, ragged.beta, ragged.cu_seqlens)
+    A = ops.kkt_solve(ragged.k, ragged.g, ragged.beta, ragged.cu_seqlens, method=method)
     assert torch.equal(A, packed[2])  # no matter how many programs share the chunks
 
 
+@pytest.mark.parametrize("method", ["auto", *SPLIT_METHODS])
 @pytest.mark.parametrize("g", [True, False])
-def test_rows_of_a_batch(g: bool, kernels: str) -> None:
+def test_rows_of_a_batch(g: bool, method: str, kernels: str) -> None:
     """Without cu_seqlens, three rows at once as each alone, the last chunk of each ragged."""
     case = HARD_INPUTS["cosine 0.98"]
     x = case.build(600, 4, 8, lengths=[200] * 3, device="cuda").summed()
     cut = {n: getattr(x, n).reshape(3, 200, *getattr(x, n).shape[2:]) for n in ("k", "v", "beta")}
     gates = x.g.reshape(3, 200, 8) if g else None
-    together = ops.fwd_intra(cut["k"], cut["v"], gates, cut["beta"], return_A=True)
+    options = {"method": method, "return_A": True}
+    together = ops.fwd_intra(cut["k"], cut["v"], gates, cut["beta"], **options)
     for i in range(3):
         k, v, beta = (cut[n][i : i + 1] for n in ("k", "v", "beta"))
         gate = gates[i : i + 1] if g else None
-        alone = ops.fwd_intra(k, v, gate, beta, return_A=True)
+        alone = ops.fwd_intra(k, v, gate, beta, **options)
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[i : i + 1], b)
-        assert torch.equal(ops.kkt_solve(k, gate, beta), alone[2])
+        assert torch.equal(ops.kkt_solve(k, gate, beta, method=method), alone[2])
 
 
 def test_cuda_graph_and_no_synchronisation(ragged) -> None:

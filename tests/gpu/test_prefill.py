@@ -11,7 +11,7 @@ from sglang_trinv.kernels import configs
 from sglang_trinv.kernels.configs import PrefillConfig
 from sglang_trinv.ops import tiles_sm90
 from sglang_trinv.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
-from tests.inputs import HARD_INPUTS, LENGTHS
+from tests.inputs import HARD_INPUTS, LENGTHS, SPLIT_METHODS
 from tests.prefill_checks import (
     NEARER_KEYS,
     RANDOM,
@@ -87,6 +87,13 @@ def test_ragged_batches(ratio: int, state: torch.dtype, config: PrefillConfig) -
 @pytest.mark.parametrize("name", [name for name in LENGTHS if name != "0"])
 def test_lengths(name: str, config: PrefillConfig) -> None:
     check_prefill(made(lengths=LENGTHS[name], dtype=torch.float16), config=config)
+
+
+@pytest.mark.parametrize("method", SPLIT_METHODS)
+@pytest.mark.parametrize("name", ["random", "cosine 0.98", "equal keys, beta 1"])
+def test_split_operands(name: str, method: str, config: PrefillConfig) -> None:
+    call = made(HARD_INPUTS[name], RAGGED)
+    check_prefill(call, stock(call), config=config, method=method)
 
 
 def test_bitwise_alone_packed_and_again(config: PrefillConfig) -> None:

@@ -34,12 +34,7 @@ from sglang_trinv.kernels import (
     solve_tril,
     solve_tril_sm90,
 )
-from sglang_trinv.kernels.configs import (
-    PrefillConfig,
-    fwd_intra_config,
-    kda_intra_config,
-    kkt_solve_config,
-)
+from sglang_trinv.kernels.configs import PrefillConfig, fwd_intra_config, kda_intra_config
 from sglang_trinv.ops.tiles_sm90 import KDA_REGS, TILE, TRIL_REGS, WARP_REGS
 
 ARCHITECTURES: tuple[int | str, ...] = (80, 89, 90, 100, 120, "gfx942")
@@ -52,18 +47,14 @@ SCALAR = ("scale", "unit")
 TILES = f"tensordesc<bf16[64, 64],{TILE!r}>"
 STRIDE = ("s_q", "s_k", "s_v", "s_state")
 INDEX = ("marks", "cu_seqlens", "chunk_indices", "state_indices", "track_chunks")
-SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128}
-MANY = 128  # chunks: so many programs that each takes both value heads of a key head
+SHAPE = {"H": 32, "Hg": 16, "K": 128, "V": 128, "BK": 128, "BDK": 64, "BDV": 64}
 FLAGS = {"HAS_G": True, "VARLEN": True, "IO": tl.bfloat16}
 
 
-def _step(stores: str, method: str) -> tuple[str, str, dict, dict]:
-    wu = stores == "wu"
-    config = fwd_intra_config(method) if wu else kkt_solve_config(method, 2, MANY, 16)
+def _step(stores: str, method: str, group: int) -> tuple[str, str, dict, dict]:
     constants = {
-        **SHAPE, **FLAGS, "GROUP": config.group, "BK": config.block_k, "BDK": config.block_d,
-        "BDV": config.block_d, "DOT": method, "STAGES": config.stages, "STORE_A": not wu,
-        "STORE_WU": wu,
+        **SHAPE, **FLAGS, "GROUP": group, "DOT": method, "STAGES": fwd_intra_config(method).stages,
+        "STORE_A": stores == "A", "STORE_WU": stores == "wu",
     }  # fmt: skip
     return "fwd_intra", "fwd_intra_kernel", constants, {}
 
@@ -83,6 +74,7 @@ def _tril(n: int, method: str) -> tuple[str, str, dict, dict]:
     return "solve_tril", "solve_tril_kernel", constants, {}
 
 
+HEADS = {"H": 32, "Hg": 16, "K": 128, "V": 128}
 PREFILL = {"IO": tl.bfloat16, "VARLEN": True}
 
 
@@ -96,7 +88,7 @@ def _state() -> tuple[str, str, dict, dict]:
     flags = ("HAS_STATE", "HAS_INDICES", "HAS_STARTS", "WRITE_STATE", "STORE_H", "TRACK")
     cut = PrefillConfig()
     constants = {
-        **SHAPE, **PREFILL, "BV": cut.block_v, "BN": 64, "STAGES": cut.stages,
+        **HEADS, **PREFILL, "BV": cut.block_v, "BN": 64, "STAGES": cut.stages,
         **{n: n != "HAS_STARTS" for n in flags},
     }  # fmt: skip
     options = {"num_warps": cut.warps, "num_stages": cut.stages}
@@ -121,16 +113,13 @@ def _hopper_kda(fuse: bool) -> tuple[str, str, dict, dict]:
 
 
 KERNELS = {
-    "kkt_solve fp16": _step("A", "fp16"),
-    "kkt_solve bf16x3": _step("A", "bf16x3"),
-    "kkt_solve tf32x3": _step("A", "tf32x3"),
-    "fwd_intra fp16": _step("wu", "fp16"),
-    "fwd_intra bf16x3": _step("wu", "bf16x3"),
-    "fwd_intra tf32x3": _step("wu", "tf32x3"),
+    "kkt_solve fp16": _step("A", "fp16", 2),
+    "kkt_solve bf16x3": _step("A", "bf16x3", 2),
+    "fwd_intra fp16": _step("wu", "fp16", 1),
+    "fwd_intra bf16x3": _step("wu", "bf16x3", 1),
     "kda_intra fused fp16": _kda(True, "fp16"),
     "kda_intra unfused fp16": _kda(False, "fp16"),
     "kda_intra fused bf16x3": _kda(True, "bf16x3"),
-    "kda_intra fused tf32x3": _kda(True, "tf32x3"),
     "solve_tril 64 fp16": _tril(64, "fp16"),
     "solve_tril 64 bf16x3": _tril(64, "bf16x3"),
     "solve_tril 64 tf32x3": _tril(64, "tf32x3"),
@@ -139,7 +128,7 @@ KERNELS = {
     "prefill inverse fp16": _prepare("inverse_kernel", BK=128, DOT="fp16"),
     "prefill scores": _prepare("scores_kernel", marks=None, BESIDE=False),
     "prefill state": _state(),
-    "prefill transfer": _segments("transfer_kernel", 4, **SHAPE, **PREFILL, BV=64, STAGES=2),
+    "prefill transfer": _segments("transfer_kernel", 4, **HEADS, **PREFILL, BV=64, STAGES=2),
     "prefill combine": _segments(
         "combine_kernel", 8, H=32, K=128, V=128, BV=16, DOT="tf32x3", VARLEN=True, HAS_STATE=True,
         HAS_INDICES=True, EARLY=False,

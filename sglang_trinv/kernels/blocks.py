@@ -93,10 +93,12 @@ def inv_16(b_N, DOT: tl.constexpr):
 
 @triton.jit
 def inv_16_twice(N00, N11, DOT: tl.constexpr):
-    """inv_16 of two blocks, step by step of both, for products that split their operands.
+    """inv_16 of two blocks, step by step of both.
 
-    The compiler keeps both parts of each: with all steps of all blocks unrolled, registers spill.
+    In fewer registers than with all steps of all blocks unrolled, where those of products that
+    split their operands spill: the compiler keeps both parts.
     """
+    N00, N11 = round_once(N00, DOT), round_once(N11, DOT)
     o_i = tl.arange(0, 16)
     r, c = o_i[:, None], o_i[None, :]
     m_pair = (r >> 1) == (c >> 1)
@@ -121,8 +123,28 @@ def merge_32(E00, E11, N10, DOT: tl.constexpr):
 
 
 @triton.jit
+def merge_64(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.constexpr):
+    """The six blocks below four inverted ones: X_ij = X_ii (N_ij X_jj + ... + N_i,i-1 X_i-1,j)."""
+    N20, N21 = round_once(N20, DOT), round_once(N21, DOT)
+    N30, N31, N32 = round_once(N30, DOT), round_once(N31, DOT), round_once(N32, DOT)
+    X10 = merge_32(E00, E11, N10, DOT)
+    X21 = merge(E22, times_inverse(N21, E11, N21, DOT), DOT)
+    if not splits(DOT):
+        X32 = merge(E33, times_inverse(N32, E22, N32, DOT), DOT)
+    Y20 = times_inverse(N21, X10, times_inverse(N20, E00, N20, DOT), DOT)
+    X20 = merge(E22, Y20, DOT)
+    if splits(DOT):  # later, so that fewer blocks are alive at once
+        X32 = merge(E33, times_inverse(N32, E22, N32, DOT), DOT)
+    Y31 = times_inverse(N32, X21, times_inverse(N31, E11, N31, DOT), DOT)
+    X31 = merge(E33, Y31, DOT)
+    Y30 = times_inverse(N31, X10, times_inverse(N30, E00, N30, DOT), DOT)
+    X30 = merge(E33, times_inverse(N32, X20, Y30, DOT), DOT)
+    return X10, X20, X21, X30, X31, X32
+
+
+@triton.jit
 def merge_halves(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.constexpr):
-    """merge_64 for products that split their operands: by halves of 32 rows, X_lower (N X_upper).
+    """merge_64 for products that split their operands: X_lower (N X_upper), 32 rows each.
 
     Once N is multiplied by the upper half, that is needed no more: fewer parts stay in registers.
     """
@@ -139,24 +161,16 @@ def merge_halves(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.const
 
 
 @triton.jit
-def merge_64(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.constexpr):
-    """The six blocks below four inverted ones: X_ij = X_ii (N_ij X_jj + ... + N_i,i-1 X_i-1,j)."""
+def merge_64_or_halves(E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT: tl.constexpr):
+    """merge_64, by halves where operands are split. Not for kkt_solve, where halves spill."""
     if splits(DOT):
         X10, X20, X21, X30, X31, X32 = merge_halves(
             E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT
         )  # fmt: skip
     else:
-        N20, N21 = round_once(N20, DOT), round_once(N21, DOT)
-        N30, N31, N32 = round_once(N30, DOT), round_once(N31, DOT), round_once(N32, DOT)
-        X10 = merge_32(E00, E11, N10, DOT)
-        X21 = merge(E22, times_inverse(N21, E11, N21, DOT), DOT)
-        X32 = merge(E33, times_inverse(N32, E22, N32, DOT), DOT)
-        Y20 = times_inverse(N21, X10, times_inverse(N20, E00, N20, DOT), DOT)
-        X20 = merge(E22, Y20, DOT)
-        Y31 = times_inverse(N32, X21, times_inverse(N31, E11, N31, DOT), DOT)
-        X31 = merge(E33, Y31, DOT)
-        Y30 = times_inverse(N31, X10, times_inverse(N30, E00, N30, DOT), DOT)
-        X30 = merge(E33, times_inverse(N32, X20, Y30, DOT), DOT)
+        X10, X20, X21, X30, X31, X32 = merge_64(
+            E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT
+        )  # fmt: skip
     return X10, X20, X21, X30, X31, X32
 
 

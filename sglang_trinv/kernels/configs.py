@@ -16,10 +16,8 @@ class LaunchConfig:
     stages: int = 1  # of the loop over these columns
 
 
-# Products whose operands are not all split: the other ones take twice the registers, and with other
-# cuts than IN_PARTS they spill.
+# Products whose operands are not all split: the other ones take twice the registers.
 ONE_PART = ("fp16", "fp16x2", "tf32")
-IN_PARTS = LaunchConfig(group=1, block_k=32)
 
 # H200, us, T = 8192: 128 columns of k at once 35.9, 64 columns 38.5 (Hg/H 16/32); all value heads
 # of a key head in one program 35.9 against 46.1 one by one, and 55.6 against 79.2 at 16/64.
@@ -27,10 +25,8 @@ IN_PARTS = LaunchConfig(group=1, block_k=32)
 FEW_PROGRAMS = 1056
 
 
-def kkt_solve_config(dot: str, ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
-    """For products in ``dot``, ``ratio`` value heads a key head, so many chunks and key heads."""
-    if dot not in ONE_PART:
-        return IN_PARTS
+def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
+    """For ``ratio`` value heads a key head, and the number of chunks and key heads."""
     if chunks * key_heads < FEW_PROGRAMS:
         return LaunchConfig(group=1)
     return LaunchConfig(group=next(g for g in (4, 3, 2, 1) if ratio % g == 0))
@@ -42,8 +38,8 @@ FWD_INTRA = LaunchConfig(group=1, stages=2)
 
 
 def fwd_intra_config(dot: str) -> LaunchConfig:
-    """For products in ``dot``."""
-    return FWD_INTRA if dot in ONE_PART else IN_PARTS
+    """For products in ``dot``; in two stages those of the x3 methods would spill."""
+    return FWD_INTRA if dot in ONE_PART else replace(FWD_INTRA, stages=1)
 
 
 # H200, us, fp16: 32 columns of the keys, 64 of w and u: 500.5 at 8192 x 32 heads (16 and 32: 623;

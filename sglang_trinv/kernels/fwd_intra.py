@@ -52,82 +52,6 @@ def below_block(b_G, b_row, b_gj, g_first):
 
 
 @triton.jit
-def load_diagonal(
-    p_k, stride, p_b, p_g, H, o_t, T,
-    K: tl.constexpr, BK: tl.constexpr, IO: tl.constexpr, HAS_G: tl.constexpr,
-):  # fmt: skip
-    """N of the diagonal block of the rows ``o_t``, from its keys."""
-    b_G = tl.zeros([16, 16], tl.float32)
-    for i_k in tl.range(0, K, BK, num_stages=1):
-        b_k = load_rows(p_k + i_k, stride, o_t, tl.arange(0, BK), T).to(IO)
-        b_G = tl.dot(b_k, tl.trans(b_k), b_G)
-    b_g = tl.zeros([16], tl.float32)
-    if HAS_G:
-        b_g = load_gate(p_g, H, o_t, T, False) * LOG2E
-    return diagonal_block(b_G, b_g, load_gate(p_b, H, o_t, T, True))
-
-
-@triton.jit
-def load_below(b_G, p_b, p_g, H, o_t, T, I: tl.constexpr, J: tl.constexpr, HAS_G: tl.constexpr):
-    """N of the block (I, J) below the diagonal, from its products of keys.
-
-    Its gates are read by masks: those that load_gate read for the diagonal would be kept.
-    """
-    o_i, o_j = o_t + 16 * I, o_t + 16 * J
-    b_row = -tl.load(p_b + o_i * H, mask=o_i < T, other=0.0).to(tl.float32)
-    b_gj = tl.zeros([16], tl.float32)
-    g_i = 0.0
-    if HAS_G:
-        g_i = tl.load(p_g + tl.minimum(16 * I, T - 1) * H).to(tl.float32) * LOG2E
-        b_gi = tl.load(p_g + o_i * H, mask=o_i < T, other=0.0).to(tl.float32) * LOG2E
-        b_gj = tl.load(p_g + o_j * H, mask=o_j < T, other=0.0).to(tl.float32) * LOG2E
-        b_row *= tl.exp2(tl.where(o_i < T, b_gi - g_i, 0.0))
-        b_gj = tl.where(o_j < T, b_gj, g_i)
-    return below_block(b_G, b_row, b_gj, g_i)
-
-
-@triton.jit
-def blocks_one_by_one(
-    p_k, stride, p_b, p_g, H, o_t, T,
-    K: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, IO: tl.constexpr, HAS_G: tl.constexpr,
-):  # fmt: skip
-    """E and X of the ten blocks from keys and gates, for products that split their operands.
-
-    The diagonal blocks are inverted before the others come: with all alive, registers spill.
-    """
-    N00 = load_diagonal(p_k, stride, p_b, p_g, H, o_t, T, K, BK, IO, HAS_G)
-    N22 = load_diagonal(p_k, stride, p_b, p_g, H, o_t + 32, T, K, BK, IO, HAS_G)
-    E00, E22 = inv_16_twice(N00, N22, DOT)
-    N11 = load_diagonal(p_k, stride, p_b, p_g, H, o_t + 16, T, K, BK, IO, HAS_G)
-    N33 = load_diagonal(p_k, stride, p_b, p_g, H, o_t + 48, T, K, BK, IO, HAS_G)
-    E11, E33 = inv_16_twice(N11, N33, DOT)
-    G10 = tl.zeros([16, 16], tl.float32)
-    G20, G21, G30, G31, G32 = G10, G10, G10, G10, G10
-    for i_k in tl.range(0, K, BK, num_stages=1):
-        o_k = i_k + tl.arange(0, BK)
-        b_k0 = load_rows(p_k, stride, o_t, o_k, T).to(IO)
-        b_k1 = load_rows(p_k, stride, o_t + 16, o_k, T).to(IO)
-        b_k2 = load_rows(p_k, stride, o_t + 32, o_k, T).to(IO)
-        b_k3 = load_rows(p_k, stride, o_t + 48, o_k, T).to(IO)
-        G10 = tl.dot(b_k1, tl.trans(b_k0), G10)
-        G20 = tl.dot(b_k2, tl.trans(b_k0), G20)
-        G30 = tl.dot(b_k3, tl.trans(b_k0), G30)
-        G21 = tl.dot(b_k2, tl.trans(b_k1), G21)
-        G31 = tl.dot(b_k3, tl.trans(b_k1), G31)
-        G32 = tl.dot(b_k3, tl.trans(b_k2), G32)
-    X10, X20, X21, X30, X31, X32 = merge_64(
-        E00, E11, E22, E33,
-        load_below(G10, p_b, p_g, H, o_t, T, 1, 0, HAS_G),
-        load_below(G20, p_b, p_g, H, o_t, T, 2, 0, HAS_G),
-        load_below(G21, p_b, p_g, H, o_t, T, 2, 1, HAS_G),
-        load_below(G30, p_b, p_g, H, o_t, T, 3, 0, HAS_G),
-        load_below(G31, p_b, p_g, H, o_t, T, 3, 1, HAS_G),
-        load_below(G32, p_b, p_g, H, o_t, T, 3, 2, HAS_G), DOT,
-    )  # fmt: skip
-    return E00, E11, E22, E33, X10, X20, X21, X30, X31, X32
-
-
-@triton.jit
 def scale_rows(b_x, b_s, IO: tl.constexpr):
     """diag(s) x, rounded to x's dtype as SGLang does: s in the inverse errs more on constant s."""
     return (b_x.to(tl.float32) * b_s[:, None]).to(b_x.dtype).to(IO)
@@ -147,43 +71,30 @@ def load_decay(p_b, p_g, stride, o_t, T, HAS_G: tl.constexpr):
 
 
 @triton.jit
-def kept_or_loaded(b_s, p_b, p_g, stride, o_t, T, HAS_G: tl.constexpr):
-    """``b_s``, or load_decay where it is None."""
-    if b_s is None:
-        b_s = load_decay(p_b, p_g, stride, o_t, T, HAS_G)
-    return b_s
-
-
-@triton.jit
 def apply_inverse(
     p_x, s_x, p_y, s_y, o_t, T, b_s0, b_s1, b_s2, b_s3,
-    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, p_b, p_g, H,
+    X00, X10, X11, X20, X21, X22, X30, X31, X32, X33,
     D: tl.constexpr, BD: tl.constexpr, IO: tl.constexpr, STAGES: tl.constexpr,
-    HAS_G: tl.constexpr,
 ):  # fmt: skip
-    """y = X diag(s) x for [64, D] tiles, X lower triangular by blocks; s None: read every time."""
+    """y = X diag(s) x for [64, D] tiles, X lower triangular by blocks."""
     e = p_y.dtype.element_ty
     o_d = tl.arange(0, BD)
     for i_d in tl.range(0, D, BD, num_stages=STAGES):
         p = p_y + i_d + o_t[:, None] * s_y + o_d[None, :]
         b_x0 = load_rows(p_x + i_d, s_x, o_t, o_d, T)
-        b_s = kept_or_loaded(b_s0, p_b, p_g, H, o_t, T, HAS_G)
-        b_x0 = scale_rows(b_x0, b_s, IO)
+        b_x0 = scale_rows(b_x0, b_s0, IO)
         b_y = tl.dot(X00, b_x0)
         tl.store(p, b_y.to(e), mask=(o_t < T)[:, None])
         b_x1 = load_rows(p_x + 16 * s_x + i_d, s_x, o_t, o_d, T - 16)
-        b_s = kept_or_loaded(b_s1, p_b, p_g, H, o_t + 16, T, HAS_G)
-        b_x1 = scale_rows(b_x1, b_s, IO)
+        b_x1 = scale_rows(b_x1, b_s1, IO)
         b_y = tl.dot(X11, b_x1, tl.dot(X10, b_x0))
         tl.store(p + 16 * s_y, b_y.to(e), mask=(o_t + 16 < T)[:, None])
         b_x2 = load_rows(p_x + 32 * s_x + i_d, s_x, o_t, o_d, T - 32)
-        b_s = kept_or_loaded(b_s2, p_b, p_g, H, o_t + 32, T, HAS_G)
-        b_x2 = scale_rows(b_x2, b_s, IO)
+        b_x2 = scale_rows(b_x2, b_s2, IO)
         b_y = tl.dot(X22, b_x2, tl.dot(X21, b_x1, tl.dot(X20, b_x0)))
         tl.store(p + 32 * s_y, b_y.to(e), mask=(o_t + 32 < T)[:, None])
         b_x3 = load_rows(p_x + 48 * s_x + i_d, s_x, o_t, o_d, T - 48)
-        b_s = kept_or_loaded(b_s3, p_b, p_g, H, o_t + 48, T, HAS_G)
-        b_x3 = scale_rows(b_x3, b_s, IO)
+        b_x3 = scale_rows(b_x3, b_s3, IO)
         b_y = tl.dot(X33, b_x3, tl.dot(X32, b_x2, tl.dot(X31, b_x1, tl.dot(X30, b_x0))))
         tl.store(p + 48 * s_y, b_y.to(e), mask=(o_t + 48 < T)[:, None])
 
@@ -208,49 +119,46 @@ def fwd_intra_kernel(
     i_h0 = tl.program_id(1) * GROUP
     p_k = k + (row * Hg + i_h0 // (H // Hg)) * K
     o_t = tl.arange(0, 16)
-    if not splits(DOT):
-        G00, G10, G11, G20, G21, G22, G30, G31, G32, G33 = gram_blocks(
-            p_k, Hg * K, o_t, T, K, BK, IO
-        )
+    G00, G10, G11, G20, G21, G22, G30, G31, G32, G33 = gram_blocks(p_k, Hg * K, o_t, T, K, BK, IO)
     for i_g in range(GROUP):
         i_h = i_h0 + i_g
         p_b, p_g = beta + row * H + i_h, None
+        b_b0 = load_gate(p_b, H, o_t, T, True)
+        b_b1 = load_gate(p_b, H, o_t + 16, T, True)
+        b_b2 = load_gate(p_b, H, o_t + 32, T, True)
+        b_b3 = load_gate(p_b, H, o_t + 48, T, True)
+        b_g0 = tl.zeros([16], tl.float32)
+        b_g1, b_g2, b_g3 = b_g0, b_g0, b_g0
+        g_1, g_2, g_3 = 0.0, 0.0, 0.0
         if HAS_G:
             p_g = g + row * H + i_h
+            b_g0 = load_gate(p_g, H, o_t, T, False) * LOG2E
+            b_g1 = load_gate(p_g, H, o_t + 16, T, False) * LOG2E
+            b_g2 = load_gate(p_g, H, o_t + 32, T, False) * LOG2E
+            b_g3 = load_gate(p_g, H, o_t + 48, T, False) * LOG2E
+            g_1 = tl.load(p_g + tl.minimum(16, T - 1) * H).to(tl.float32) * LOG2E
+            g_2 = tl.load(p_g + tl.minimum(32, T - 1) * H).to(tl.float32) * LOG2E
+            g_3 = tl.load(p_g + tl.minimum(48, T - 1) * H).to(tl.float32) * LOG2E
+
         if splits(DOT):
-            E00, E11, E22, E33, X10, X20, X21, X30, X31, X32 = blocks_one_by_one(
-                p_k, Hg * K, p_b, p_g, H, o_t, T, K, BK, DOT, IO, HAS_G
-            )
-            b_b0, b_b1, b_b2, b_b3 = None, None, None, None
+            N00, N11 = diagonal_block(G00, b_g0, b_b0), diagonal_block(G11, b_g1, b_b1)
+            N22, N33 = diagonal_block(G22, b_g2, b_b2), diagonal_block(G33, b_g3, b_b3)
+            E00, E22 = inv_16_twice(N00, N22, DOT)
+            E11, E33 = inv_16_twice(N11, N33, DOT)
         else:
-            b_b0 = load_gate(p_b, H, o_t, T, True)
-            b_b1 = load_gate(p_b, H, o_t + 16, T, True)
-            b_b2 = load_gate(p_b, H, o_t + 32, T, True)
-            b_b3 = load_gate(p_b, H, o_t + 48, T, True)
-            b_g0 = tl.zeros([16], tl.float32)
-            b_g1, b_g2, b_g3 = b_g0, b_g0, b_g0
-            g_1, g_2, g_3 = 0.0, 0.0, 0.0
-            if HAS_G:
-                b_g0 = load_gate(p_g, H, o_t, T, False) * LOG2E
-                b_g1 = load_gate(p_g, H, o_t + 16, T, False) * LOG2E
-                b_g2 = load_gate(p_g, H, o_t + 32, T, False) * LOG2E
-                b_g3 = load_gate(p_g, H, o_t + 48, T, False) * LOG2E
-                g_1 = tl.load(p_g + tl.minimum(16, T - 1) * H).to(tl.float32) * LOG2E
-                g_2 = tl.load(p_g + tl.minimum(32, T - 1) * H).to(tl.float32) * LOG2E
-                g_3 = tl.load(p_g + tl.minimum(48, T - 1) * H).to(tl.float32) * LOG2E
             E00 = inv_16(diagonal_block(G00, b_g0, b_b0), DOT)
             E11 = inv_16(diagonal_block(G11, b_g1, b_b1), DOT)
             E22 = inv_16(diagonal_block(G22, b_g2, b_b2), DOT)
             E33 = inv_16(diagonal_block(G33, b_g3, b_b3), DOT)
-            b_r1 = -b_b1 * tl.exp2(b_g1 - g_1)
-            b_r2 = -b_b2 * tl.exp2(b_g2 - g_2)
-            b_r3 = -b_b3 * tl.exp2(b_g3 - g_3)
-            X10, X20, X21, X30, X31, X32 = merge_64(
-                E00, E11, E22, E33, below_block(G10, b_r1, b_g0, g_1),
-                below_block(G20, b_r2, b_g0, g_2), below_block(G21, b_r2, b_g1, g_2),
-                below_block(G30, b_r3, b_g0, g_3), below_block(G31, b_r3, b_g1, g_3),
-                below_block(G32, b_r3, b_g2, g_3), DOT,
-            )  # fmt: skip
+        b_r1 = -b_b1 * tl.exp2(b_g1 - g_1)
+        b_r2 = -b_b2 * tl.exp2(b_g2 - g_2)
+        b_r3 = -b_b3 * tl.exp2(b_g3 - g_3)
+        X10, X20, X21, X30, X31, X32 = merge_64(
+            E00, E11, E22, E33, below_block(G10, b_r1, b_g0, g_1),
+            below_block(G20, b_r2, b_g0, g_2), below_block(G21, b_r2, b_g1, g_2),
+            below_block(G30, b_r3, b_g0, g_3), below_block(G31, b_r3, b_g1, g_3),
+            below_block(G32, b_r3, b_g2, g_3), DOT,
+        )  # fmt: skip
         X00, X11, X22, X33 = (
             add_identity(E00),
             add_identity(E11),
@@ -271,20 +179,20 @@ def fwd_intra_kernel(
             X20, X21, X22 = X20.to(e).to(IO), X21.to(e).to(IO), X22.to(e).to(IO)
             X30, X31 = X30.to(e).to(IO), X31.to(e).to(IO)
             X32, X33 = X32.to(e).to(IO), X33.to(e).to(IO)
+            if splits(DOT):
+                b_b0 = load_decay(p_b, None, H, o_t, T, False)
+                b_b1 = load_decay(p_b, None, H, o_t + 16, T, False)
+                b_b2 = load_decay(p_b, None, H, o_t + 32, T, False)
+                b_b3 = load_decay(p_b, None, H, o_t + 48, T, False)
             apply_inverse(
                 v + (row * H + i_h) * V, H * V, u + (row * H + i_h) * V, H * V, o_t, T,
                 b_b0, b_b1, b_b2, b_b3,
-                X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, p_b, None, H,
-                V, BDV, IO, STAGES, False,
+                X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, V, BDV, IO, STAGES,
             )  # fmt: skip
-            if not splits(DOT):
-                b_b0 = load_decay(p_b, p_g, H, o_t, T, HAS_G)
-                b_b1 = load_decay(p_b, p_g, H, o_t + 16, T, HAS_G)
-                b_b2 = load_decay(p_b, p_g, H, o_t + 32, T, HAS_G)
-                b_b3 = load_decay(p_b, p_g, H, o_t + 48, T, HAS_G)
             apply_inverse(
                 p_k, Hg * K, w + (row * H + i_h) * K, H * K, o_t, T,
-                b_b0, b_b1, b_b2, b_b3,
-                X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, p_b, p_g, H,
-                K, BDK, IO, STAGES, HAS_G,
+                load_decay(p_b, p_g, H, o_t, T, HAS_G), load_decay(p_b, p_g, H, o_t + 16, T, HAS_G),
+                load_decay(p_b, p_g, H, o_t + 32, T, HAS_G),
+                load_decay(p_b, p_g, H, o_t + 48, T, HAS_G),
+                X00, X10, X11, X20, X21, X22, X30, X31, X32, X33, K, BDK, IO, STAGES,
             )  # fmt: skip

@@ -4,7 +4,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from sglang_trinv.kernels.blocks import add_identity, inv_16, inv_16_twice, merge_64, splits
+from sglang_trinv.kernels.blocks import (
+    add_identity,
+    inv_16,
+    inv_16_twice,
+    merge_64_or_halves,
+    splits,
+)
 from sglang_trinv.kernels.chunks import load_gate, load_rows, store_block_row
 from sglang_trinv.kernels.fwd_intra import below_block, diagonal_block, gram_blocks
 
@@ -157,7 +163,7 @@ def inverse_kernel(
         b_b1 = -b_b1 * tl.exp2(b_g1 - g_1)
         b_b2 = -b_b2 * tl.exp2(b_g2 - g_2)
         b_b3 = -b_b3 * tl.exp2(b_g3 - g_3)
-        X10, X20, X21, X30, X31, X32 = merge_64(
+        X10, X20, X21, X30, X31, X32 = merge_64_or_halves(
             E00, E11, E22, E33, below_block(G10, b_b1, b_g0, g_1),
             below_block(G20, b_b2, b_g0, g_2), below_block(G21, b_b2, b_g1, g_2),
             below_block(G30, b_b3, b_g0, g_3), below_block(G31, b_b3, b_g1, g_3),

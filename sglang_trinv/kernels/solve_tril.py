@@ -8,8 +8,7 @@ from sglang_trinv.kernels.blocks import (
     inv_16,
     inv_16_twice,
     merge_32,
-    merge_64,
-    splits,
+    merge_64_or_halves,
 )
 from sglang_trinv.kernels.chunks import load_rows, locate_chunk, store_block_row
 
@@ -53,11 +52,11 @@ def solve_tril_kernel(
         store_block_row(p_Ai, s, o_1, T, 2, X10, add_identity(E11), b_0, b_0)
     if BT == 64:
         o_1, o_2, o_3 = o_0 + 16, o_0 + 32, o_0 + 48
-        N00, N11 = load_diagonal(p_A, s, o_0, T), load_diagonal(p_A + 16, s, o_1, T)
-        N22, N33 = load_diagonal(p_A + 32, s, o_2, T), load_diagonal(p_A + 48, s, o_3, T)
-        if splits(DOT):  # the loads below wait: with all blocks alive, registers spill
-            E00, E22 = inv_16_twice(N00, N22, DOT)
-            E11, E33 = inv_16_twice(N11, N33, DOT)
+        N00, N22 = load_diagonal(p_A, s, o_0, T), load_diagonal(p_A + 32, s, o_2, T)
+        N11, N33 = load_diagonal(p_A + 16, s, o_1, T), load_diagonal(p_A + 48, s, o_3, T)
+        E00, E22 = inv_16_twice(N00, N22, DOT)
+        E11, E33 = inv_16_twice(N11, N33, DOT)
+        # Loaded here, not before: in fewer registers, so that more programs run at once.
         N10, N20, N30 = (
             load_block(p_A, s, o_1, T),
             load_block(p_A, s, o_2, T),
@@ -65,10 +64,7 @@ def solve_tril_kernel(
         )
         N21, N31 = load_block(p_A + 16, s, o_2, T), load_block(p_A + 16, s, o_3, T)
         N32 = load_block(p_A + 32, s, o_3, T)
-        if not splits(DOT):
-            E00, E11 = inv_16(N00, DOT), inv_16(N11, DOT)
-            E22, E33 = inv_16(N22, DOT), inv_16(N33, DOT)
-        X10, X20, X21, X30, X31, X32 = merge_64(
+        X10, X20, X21, X30, X31, X32 = merge_64_or_halves(
             E00, E11, E22, E33, N10, N20, N21, N30, N31, N32, DOT
         )  # fmt: skip
         store_block_row(p_Ai, s, o_0, T, 4, add_identity(E00), b_0, b_0, b_0)

@@ -150,7 +150,7 @@ def _launch(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, DOT):
 
         run_intra_sm90(k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, NT)
         return
-    config = kkt_solve_config(DOT, H // Hg, NT * B, Hg) if v is None else fwd_intra_config(DOT)
+    config = kkt_solve_config(H // Hg, NT * B, Hg) if v is None else fwd_intra_config(DOT)
     fwd_intra_kernel[(NT, H // config.group, B)](
         k, v, g, beta, w, u, Ai, cu_seqlens, chunk_indices, T, H=H, Hg=Hg, K=K, V=V,
         GROUP=config.group, BK=tile(K, config.block_k), BDK=tile(K, config.block_d),

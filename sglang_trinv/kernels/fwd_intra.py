@@ -43,6 +43,24 @@ def diagonal_block(b_G, b_g, b_b):
 
 
 @triton.jit
+def invert_diagonal(
+    G00, G11, G22, G33, b_g0, b_g1, b_g2, b_g3, b_b0, b_b1, b_b2, b_b3, DOT: tl.constexpr
+):
+    """E of the four diagonal blocks, two at a time where products split their operands."""
+    if splits(DOT):
+        N00, N11 = diagonal_block(G00, b_g0, b_b0), diagonal_block(G11, b_g1, b_b1)
+        N22, N33 = diagonal_block(G22, b_g2, b_b2), diagonal_block(G33, b_g3, b_b3)
+        E00, E22 = inv_16_twice(N00, N22, DOT)
+        E11, E33 = inv_16_twice(N11, N33, DOT)
+    else:
+        E00 = inv_16(diagonal_block(G00, b_g0, b_b0), DOT)
+        E11 = inv_16(diagonal_block(G11, b_g1, b_b1), DOT)
+        E22 = inv_16(diagonal_block(G22, b_g2, b_b2), DOT)
+        E33 = inv_16(diagonal_block(G33, b_g3, b_b3), DOT)
+    return E00, E11, E22, E33
+
+
+@triton.jit
 def below_block(b_G, b_row, b_gj, g_first):
     """N of a block below the diagonal, from b_row = -beta_i exp(g_i - g_first).
 
@@ -140,16 +158,9 @@ def fwd_intra_kernel(
             g_2 = tl.load(p_g + tl.minimum(32, T - 1) * H).to(tl.float32) * LOG2E
             g_3 = tl.load(p_g + tl.minimum(48, T - 1) * H).to(tl.float32) * LOG2E
 
-        if splits(DOT):
-            N00, N11 = diagonal_block(G00, b_g0, b_b0), diagonal_block(G11, b_g1, b_b1)
-            N22, N33 = diagonal_block(G22, b_g2, b_b2), diagonal_block(G33, b_g3, b_b3)
-            E00, E22 = inv_16_twice(N00, N22, DOT)
-            E11, E33 = inv_16_twice(N11, N33, DOT)
-        else:
-            E00 = inv_16(diagonal_block(G00, b_g0, b_b0), DOT)
-            E11 = inv_16(diagonal_block(G11, b_g1, b_b1), DOT)
-            E22 = inv_16(diagonal_block(G22, b_g2, b_b2), DOT)
-            E33 = inv_16(diagonal_block(G33, b_g3, b_b3), DOT)
+        E00, E11, E22, E33 = invert_diagonal(
+            G00, G11, G22, G33, b_g0, b_g1, b_g2, b_g3, b_b0, b_b1, b_b2, b_b3, DOT
+        )
         b_r1 = -b_b1 * tl.exp2(b_g1 - g_1)
         b_r2 = -b_b2 * tl.exp2(b_g2 - g_2)
         b_r3 = -b_b3 * tl.exp2(b_g3 - g_3)

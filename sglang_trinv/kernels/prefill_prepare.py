@@ -4,15 +4,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from sglang_trinv.kernels.blocks import (
-    add_identity,
-    inv_16,
-    inv_16_twice,
-    merge_64_or_halves,
-    splits,
-)
+from sglang_trinv.kernels.blocks import add_identity, merge_64_or_halves
 from sglang_trinv.kernels.chunks import load_gate, load_rows, store_block_row
-from sglang_trinv.kernels.fwd_intra import below_block, diagonal_block, gram_blocks
+from sglang_trinv.kernels.fwd_intra import below_block, gram_blocks, invert_diagonal
 
 LOG2E = tl.constexpr(1.4426950408889634)
 L2NORM_EPS = tl.constexpr(1e-6)  # as SGLang's l2norm_fwd
@@ -150,16 +144,9 @@ def inverse_kernel(
         b_g0, b_g1 = tl.load(p_g + o_t), tl.load(p_g + 16 + o_t)
         b_g2, b_g3 = tl.load(p_g + 32 + o_t), tl.load(p_g + 48 + o_t)
         g_1, g_2, g_3 = tl.load(p_g + 16), tl.load(p_g + 32), tl.load(p_g + 48)
-        if splits(DOT):
-            N00, N11 = diagonal_block(G00, b_g0, b_b0), diagonal_block(G11, b_g1, b_b1)
-            N22, N33 = diagonal_block(G22, b_g2, b_b2), diagonal_block(G33, b_g3, b_b3)
-            E00, E22 = inv_16_twice(N00, N22, DOT)
-            E11, E33 = inv_16_twice(N11, N33, DOT)
-        else:
-            E00 = inv_16(diagonal_block(G00, b_g0, b_b0), DOT)
-            E11 = inv_16(diagonal_block(G11, b_g1, b_b1), DOT)
-            E22 = inv_16(diagonal_block(G22, b_g2, b_b2), DOT)
-            E33 = inv_16(diagonal_block(G33, b_g3, b_b3), DOT)
+        E00, E11, E22, E33 = invert_diagonal(
+            G00, G11, G22, G33, b_g0, b_g1, b_g2, b_g3, b_b0, b_b1, b_b2, b_b3, DOT
+        )
         b_b1 = -b_b1 * tl.exp2(b_g1 - g_1)
         b_b2 = -b_b2 * tl.exp2(b_g2 - g_2)
         b_b3 = -b_b3 * tl.exp2(b_g3 - g_3)

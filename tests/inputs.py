@@ -46,7 +46,7 @@ LENGTHS = {
     "single tokens": [1] * 5,
 }
 GVA_RATIOS = (1, 2, 3, 4)
-SPLIT_METHODS = ("mbh_tf32x3", "mbh_bf16x3")  # whose kernels take the blocks one by one
+SPLIT_METHODS = ("mbh_tf32x3", "mbh_bf16x3")  # both operands of each product in two parts
 GATES_VARIABLE = "SGLANG_TRINV_GATES"
 REAL_GATES = ("Qwen3-Next", "Qwen3.5-0.8B")
 

@@ -32,6 +32,11 @@ def kkt_solve_config(ratio: int, chunks: int, key_heads: int) -> LaunchConfig:
     return LaunchConfig(group=next(g for g in (4, 3, 2, 1) if ratio % g == 0))
 
 
+def inverse_group(dot: str, ratio: int, chunks: int, key_heads: int) -> int:
+    """Value heads a program of the prefill's inverse; with two those of the x3 methods spill."""
+    return kkt_solve_config(ratio, chunks, key_heads).group if dot in ONE_PART else 1
+
+
 # H200, us, T = 8192, Hg/H 16/32: columns by 64 in three stages 106.0, in two 108.6, in one 110.0;
 # by 32 in three 110.0; two value heads a program, by 32 in three 111.5. In two nothing spills.
 FWD_INTRA = LaunchConfig(group=1, stages=2)

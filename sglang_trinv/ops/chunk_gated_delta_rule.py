@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_trinv.kernels.configs import ONE_PART, PrefillConfig, kkt_solve_config, prefill_config
+from sglang_trinv.kernels.configs import PrefillConfig, inverse_group, prefill_config
 from sglang_trinv.kernels.prefill_prepare import inverse_kernel, scores_kernel
 from sglang_trinv.ops.check import FLOATS, HALF, check_tensor, check_varlen, want
 from sglang_trinv.ops.launch import capability, launch
@@ -231,7 +231,7 @@ def prepare(
 
         run_inverse_sm90(k, g, beta, space, cu_seqlens, T, N, norm, beside)
     else:
-        group = kkt_solve_config(H // Hg, slots, Hg).group if DOT in ONE_PART else 1
+        group = inverse_group(DOT, H // Hg, slots, Hg)
         launch(
             inverse_kernel, (*key, group, DOT), (slots, H // group, 1),
             (k, g, beta, space.inverses, space.factors, cu_seqlens, T, N, s_k,
